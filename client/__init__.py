@@ -1,0 +1,1 @@
+"""What runs at a bank: its data, its ledger and policy, private training."""

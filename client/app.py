@@ -1,0 +1,53 @@
+"""The Flower ClientApp: finds the bank's folder and lets the bank answer."""
+
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from metarisk_common.errors import ConfigError
+
+from .bank import Bank
+
+FOLDER_KEY = "metarisk-institution"
+
+# Two threads make products of this size slower, and a spinning second thread much slower still.
+torch.set_num_threads(1)
+
+app = ClientApp()
+
+_banks: dict[Path, Bank] = {}
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer an order; the folder comes from the node's own configuration, never from the server's."""
+    return Message(open_bank(folder_of(context)).answer(message.content), reply_to=message)
+
+
+def folder_of(context: Context) -> Path:
+    """Read the bank's folder from `metarisk-institution` in the node's configuration.
+
+    Raises:
+        ConfigError: the node was started without it.
+
+    """
+    folder = context.node_config.get(FOLDER_KEY)
+    if not isinstance(folder, str):
+        raise ConfigError(f"start the node with {FOLDER_KEY}=FOLDER in its node configuration")
+    return Path(folder)
+
+
+def open_bank(folder: Path) -> Bank:
+    """Return the open bank of a folder; it stays open for the life of this process."""
+    path = folder.resolve()
+    if path not in _banks:
+        _banks[path] = Bank(path)
+    return _banks[path]
+
+
+def close_banks() -> None:
+    """Close every bank that this process has open."""
+    while _banks:
+        _banks.popitem()[1].close()

@@ -1,0 +1,90 @@
+"""A bank's own table, read, checked and encoded. Nothing here leaves the bank, counts and errors included."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from polars.exceptions import NoDataError, PanicException, PolarsError
+
+from metarisk_common.errors import DataError
+from metarisk_common.features import Counts, Encoder
+from metarisk_common.schema import Schema
+from metarisk_common.table import check_table, labels, segments
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One institution's records, ready for a model.
+
+    Attributes:
+        institution: the bank's name.
+        x: (rows, width) float32 model inputs of `metarisk_common.features.Encoder`, rows of norm at most 1.
+        y: (rows,) float32 labels, 0 or 1.
+        segment: (rows,) of str, or None where the schema names no segment.
+        counts: what the encoding met; private.
+
+    """
+
+    institution: str
+    x: np.ndarray
+    y: np.ndarray
+    segment: np.ndarray | None
+    counts: Counts
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """Read a CSV file (UTF-8, comma, header) or a Parquet file, by its suffix.
+
+    Cells of a CSV file stay text: what a column holds is for the schema to say, not for a guess from its first
+    rows. So a code "01" keeps its zero, and a late cell of text is found and counted by `check_table`.
+
+    Raises:
+        DataError: the file is missing, empty, damaged or of another format; nothing of its content is repeated.
+
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".parquet"):
+        raise DataError(f"{path}: only .csv and .parquet files are read; export the table as one of them")
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; check the path, and that the table was exported")
+    try:
+        if suffix == ".csv":
+            return pl.read_csv(path, infer_schema=False)
+        return pl.read_parquet(path, glob=False)
+    except NoDataError:
+        message = f"{path}: is empty; export the table again with a header and one row for each record"
+    except PermissionError:
+        message = f"{path}: may not be read by this user; change the file's permissions"
+    except (PolarsError, OSError, PanicException):
+        # The reader's own message may quote the line it stumbled over.
+        message = (
+            f"{path}: can't be read as CSV; expected UTF-8 text, commas, a header, and as many cells in every row"
+            if suffix == ".csv"
+            else f"{path}: can't be read as Parquet; it may be cut short or of another format: export the table again"
+        )
+    raise DataError(message) from None
+
+
+def load_dataset(path: Path, schema: Schema, institution: str) -> Dataset:
+    """Read, check and encode one institution's file.
+
+    Raises:
+        DataError: the file can't be read or doesn't fit the schema.
+
+    """
+    return from_frame(read_table(path), schema, institution, str(path))
+
+
+def from_frame(frame: pl.DataFrame, schema: Schema, institution: str, where: str) -> Dataset:
+    """Check and encode one institution's table; `where` opens the message of an error.
+
+    Raises:
+        DataError: the table doesn't fit the schema.
+
+    """
+    check_table(frame, schema, where)
+    x, counts = Encoder(schema).encode(frame, where)
+    y = labels(frame, schema.label, where)
+    segment = None if schema.segment is None else segments(frame, schema.segment, where).to_numpy().astype(np.str_)
+    return Dataset(institution=institution, x=x, y=y, segment=segment, counts=counts)

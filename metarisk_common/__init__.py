@@ -1,0 +1,1 @@
+"""The vocabulary and mathematics that servers, banks and simulations share."""

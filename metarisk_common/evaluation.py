@@ -1,0 +1,273 @@
+"""Episodes on unseen institutions: every method judged on the same draws, with intervals over institutions.
+
+An episode is one draw of one institution's records: the first k adapt a method, the rest judge it. All methods and all
+k share the draw and so the judged records, which makes every comparison paired. Institutions are the sample: draws
+are averaged within one first, and intervals speak of institutions like these, not of the records of these.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+from .metrics import LOWER_IS_BETTER, METRICS, score_all
+from .tasks import few_shot_draw
+
+Matrix = npt.NDArray[Any]
+Metric = Literal["auc", "ks", "log_loss", "brier"]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One institution's records, held out from learning, in the two forms that methods ask for.
+
+    `x: (rows, width) float32` encoded inputs of the federated model; `raw: (rows, columns) float64` inputs without
+    bins, NaN where missing, for baselines; `y: (rows,)` outcomes 0 and 1.
+    """
+
+    institution: str
+    x: Matrix
+    raw: Matrix
+    y: Matrix
+
+
+@dataclass(frozen=True)
+class EpisodeScore:
+    """How one method did on one institution's draw after `k` labels."""
+
+    institution: str
+    k: int
+    draw: int
+    method: str
+    auc: float
+    ks: float
+    log_loss: float
+    brier: float
+
+
+class Predictor(Protocol):
+    """What a method becomes once it has seen its labels."""
+
+    def __call__(self, x: Matrix, raw: Matrix, /) -> Matrix:
+        """Return `(rows,)` probabilities for records in both forms."""
+
+
+class Method(Protocol):
+    """A way to score an institution that has k labels of its own."""
+
+    @property
+    def name(self) -> str:
+        """Key of the method in scores and summaries."""
+
+    @property
+    def needs_support(self) -> bool:
+        """Whether it says nothing without labels, so that there is no figure at k = 0."""
+
+    def fit(self, x: Matrix, raw: Matrix, y: Matrix, /) -> Predictor:
+        """Learn from k labelled records; k = 0 comes as empty arrays. One that ignores them returns one same object."""
+
+
+class Estimate(TypedDict):
+    """A mean over institutions with its 95% interval; the ends are None where one institution leaves them open."""
+
+    mean: float
+    ci95: list[float | None]
+
+
+class Summary(TypedDict):
+    """One method after k labels, over institutions."""
+
+    auc: Estimate
+    ks: Estimate
+    log_loss: Estimate
+    brier: Estimate
+    worst_decile: dict[str, float]
+    institutions: int
+
+
+class PairedDifference(TypedDict):
+    """Method less method, institution by institution; a win is an institution where the first one does better."""
+
+    mean: float
+    ci95: list[float | None]
+    wins: int
+    losses: int
+    by_institution: dict[str, float]
+
+
+def run_episodes(
+    datasets: Sequence[EvaluationSet],
+    methods: Sequence[Method],
+    ks: Sequence[int],
+    *,
+    draws: int,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[EpisodeScore]:
+    """Score every method at every k on the same draws of every institution.
+
+    Args:
+        datasets: unseen institutions, each named once.
+        methods: what to compare; one that `needs_support` is left out at k = 0.
+        ks: numbers of labels; 0 is the initialization as it stands. The supports are nested.
+        draws: draws of each institution.
+        seed: public seed; with the institution's name and the draw's number it fixes the draw.
+        on_progress: called with (draws done, draws in all).
+
+    Raises:
+        DataError: an institution, named, has too few records or outcomes for the largest k.
+        ValueError: nothing to do, a name stands twice, or a method returns something other than probabilities.
+
+    """
+    _unique("institution", [dataset.institution for dataset in datasets])
+    _unique("method", [method.name for method in methods])
+    _unique("k", list(ks))
+    positive = [k for k in ks if k > 0]
+    if min(ks) < 0 or not positive or draws < 1:
+        raise ValueError("ks must be 0 or more with one above 0, and draws at least 1")
+    scores: list[EpisodeScore] = []
+    for index, dataset in enumerate(datasets):
+        for draw in range(draws):
+            chosen = few_shot_draw(
+                dataset.y,
+                k_min=min(positive),
+                k_max=max(positive),
+                seed_parts=(seed, dataset.institution, draw),
+                where=f"institution '{dataset.institution}'",
+            )
+            for method in methods:
+                found = _episode(dataset, chosen.support, chosen.query, method, ks)
+                scores.extend(EpisodeScore(dataset.institution, k, draw, method.name, **s) for k, s in found.items())
+            if on_progress is not None:
+                on_progress(index * draws + draw + 1, len(datasets) * draws)
+    return scores
+
+
+def summarise(scores: Iterable[EpisodeScore]) -> dict[str, dict[str, Summary]]:
+    """Summarise scores by method and by k as text, ready for JSON.
+
+    Draws are averaged within an institution; the mean and the 95% interval (Student's t) are over institutions. The
+    worst decile is the mean over the tenth of the institutions (rounded up) with the lowest AUC.
+    """
+    cells: dict[tuple[str, int], dict[str, list[EpisodeScore]]] = defaultdict(lambda: defaultdict(list))
+    for score in scores:
+        cells[score.method, score.k][score.institution].append(score)
+    summary: dict[str, dict[str, Summary]] = {}
+    for (method, k), by_institution in sorted(cells.items()):
+        values = {
+            metric: np.array([_mean(own, metric) for _, own in sorted(by_institution.items())]) for metric in METRICS
+        }
+        lowest = np.sort(values["auc"])[: math.ceil(len(by_institution) / 10)]
+        summary.setdefault(method, {})[str(k)] = {
+            "auc": _estimate(values["auc"]),
+            "ks": _estimate(values["ks"]),
+            "log_loss": _estimate(values["log_loss"]),
+            "brier": _estimate(values["brier"]),
+            "worst_decile": {"auc": float(lowest.mean())},
+            "institutions": len(by_institution),
+        }
+    return summary
+
+
+def paired_difference(
+    scores: Iterable[EpisodeScore],
+    method_a: str,
+    method_b: str,
+    k: int,
+    metric: Metric = "auc",
+    *,
+    k_b: int | None = None,
+) -> PairedDifference:
+    """Compare `method_a` at `k` with `method_b` at `k_b` (the same k where none is given) on the same draws.
+
+    Draws are averaged within an institution; mean and 95% interval (Student's t) are over institutions. The difference
+    is a less b in the metric's own unit; for log-loss and Brier a win is a difference below 0.
+
+    Raises:
+        ValueError: the two were not scored, or not on the same draws.
+
+    """
+    other = k if k_b is None else k_b
+    a, b = _by_draw(scores := list(scores), method_a, k, metric), _by_draw(scores, method_b, other, metric)
+    if not a or a.keys() != b.keys():
+        raise ValueError(f"'{method_a}' at k={k} and '{method_b}' at k={other} were not scored on the same draws")
+    differences: dict[str, list[float]] = defaultdict(list)
+    for (institution, draw), value in sorted(a.items()):
+        differences[institution].append(value - b[institution, draw])
+    by_institution = {institution: float(np.mean(own)) for institution, own in differences.items()}
+    values = np.array(list(by_institution.values()))
+    better = -values if metric in LOWER_IS_BETTER else values
+    return {
+        **_estimate(values),
+        "wins": int(np.count_nonzero(better > 0)),
+        "losses": int(np.count_nonzero(better < 0)),
+        "by_institution": by_institution,
+    }
+
+
+def share_harmed(scores: Iterable[EpisodeScore], method: str, k: int, *, tolerance: float = 0.005) -> float:
+    """Share of draws on which adapting to k labels lowered the AUC by more than `tolerance` against k = 0.
+
+    Raises:
+        ValueError: the method was not scored at both, on the same draws.
+
+    """
+    after, before = _by_draw(scores := list(scores), method, k, "auc"), _by_draw(scores, method, 0, "auc")
+    if not after or after.keys() != before.keys():
+        raise ValueError(f"'{method}' was not scored at k={k} and at k=0 on the same draws")
+    return float(np.mean([before[key] - value > tolerance for key, value in after.items()]))
+
+
+def _episode(
+    dataset: EvaluationSet, support: Matrix, query: Matrix, method: Method, ks: Sequence[int]
+) -> dict[int, dict[str, float]]:
+    x, raw, y = dataset.x[query], dataset.raw[query], dataset.y[query]
+    found: dict[int, dict[str, float]] = {}
+    previous: tuple[Predictor, dict[str, float]] | None = None
+    for k in ks:
+        if k == 0 and method.needs_support:
+            continue
+        rows = support[:k]
+        predictor = method.fit(dataset.x[rows], dataset.raw[rows], dataset.y[rows])
+        # A method that ignores its labels returns one same predictor, whose scores on these records are known.
+        if previous is None or predictor is not previous[0]:
+            try:
+                previous = predictor, score_all(y, predictor(x, raw))
+            except ValueError as error:
+                raise ValueError(
+                    f"method '{method.name}' at k={k} on institution '{dataset.institution}': {error}"
+                ) from error
+        found[k] = previous[1]
+    return found
+
+
+def _by_draw(scores: Iterable[EpisodeScore], method: str, k: int, metric: Metric) -> dict[tuple[str, int], float]:
+    return {
+        (score.institution, score.draw): getattr(score, metric)
+        for score in scores
+        if score.method == method and score.k == k
+    }
+
+
+def _mean(scores: Sequence[EpisodeScore], metric: str) -> float:
+    return float(np.mean([getattr(score, metric) for score in scores]))
+
+
+def _estimate(values: npt.NDArray[np.float64]) -> Estimate:
+    mean, count = float(values.mean()), len(values)
+    if count < 2:  # noqa: PLR2004 - one institution says nothing of how institutions differ
+        return {"mean": mean, "ci95": [None, None]}
+    half = float(stdtrit(count - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(count)
+    return {"mean": mean, "ci95": [mean - half, mean + half]}
+
+
+def _unique(what: str, values: Sequence[object]) -> None:
+    if not values:
+        raise ValueError(f"there is no {what} to evaluate")
+    if len(set(values)) < len(values):
+        raise ValueError(f"one {what} stands twice among those to evaluate")

@@ -1,0 +1,131 @@
+"""The training plan: everything public about a run. Its hash is what a bank approves and every message carries.
+
+No field may derive from a bank's records: sample rate, steps, clip norm and learning rate are constants here,
+so that nothing a bank does can depend on a private count (the contract, point 1).
+"""
+
+import json
+from pathlib import Path
+from typing import Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .config import Frozen, validate
+from .errors import ConfigError
+from .schema import Schema, canonical_hash, canonical_json
+from .tasks import WHOLE_INSTITUTION
+
+PROTOCOL: Final = 1
+"""Version of plans and messages; both sides refuse any other."""
+
+
+class ModelSpec(Frozen):
+    """`scorecard`: one linear layer on the binned inputs. `mlp`: hidden layers with tanh between."""
+
+    kind: Literal["scorecard", "mlp"] = "scorecard"
+    hidden: tuple[int, ...] = ()
+    base_rate: float = Field(default=0.18, gt=0, lt=1)
+    """Publicly known share of positives: where the output starts."""
+    init_seed: int = Field(default=0, ge=0)
+    """Public seed of the hidden layers' starting weights: every party must start from the same model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "scorecard" and self.hidden:
+            raise ValueError("a scorecard has no hidden layers: leave out 'hidden' or set kind = \"mlp\"")
+        if self.kind == "mlp" and (not self.hidden or min(self.hidden) < 1):
+            raise ValueError("an mlp needs hidden = [width, ...] with positive widths")
+        return self
+
+
+class InnerLoop(Frozen):
+    """What a bank does with one order: `local_steps` steps of (private) SGD from the meta-parameters."""
+
+    algorithm: Literal["reptile", "fedavg"] = "reptile"
+    task: Literal["institution", "segment"] = "institution"
+    local_steps: int = Field(default=5, ge=1, le=10_000)
+    learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class Mechanism(Frozen):
+    """One private step: Poisson rate, clip, noise. See `client.dpsgd` for what is released and its sensitivity."""
+
+    sample_rate: float = Field(default=1.0, gt=0, le=1)
+    max_grad_norm: float | None = Field(default=0.7, gt=0, allow_inf_nan=False)
+    """Per-record L2 clip; none only when there is no noise either."""
+    noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
+    """Standard deviation of the noise over `max_grad_norm`; 0 means that nothing is private."""
+    delta: float = Field(default=1e-5, gt=0, lt=1e-2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_grad_norm is None and self.noise_multiplier > 0:
+            raise ValueError("noise without max_grad_norm protects nobody: give a clip norm")
+        return self
+
+
+class OuterLoop(Frozen):
+    """What the server does with a round's meta-updates."""
+
+    rounds: int = Field(default=20, ge=1, le=100_000)
+    optimizer: Literal["sgd", "momentum", "adam"] = "momentum"
+    learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    weighting: Literal["declared_size", "equal"] = "declared_size"
+    max_declared_size: int = Field(default=1_000_000, ge=1)
+    """Largest size that the server believes, so that no bank can outweigh the others by a claim."""
+    min_reports: int = Field(default=1, ge=1)
+    """Quorum: a round with fewer admitted reports leaves the meta-parameters as they are."""
+    deadline_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+
+
+class Plan(Frozen):
+    """A run, complete: the data's schema, the model, what banks do, what the server does."""
+
+    protocol: Literal[1] = PROTOCOL
+    name: str = Field(min_length=1, max_length=100)
+    data: Schema
+    model: ModelSpec = ModelSpec()
+    inner: InnerLoop = InnerLoop()
+    mechanism: Mechanism
+    outer: OuterLoop = OuterLoop()
+    dtype: Literal["float32", "float64"] = "float32"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.inner.task == "segment" and not self.data.segments:
+            raise ValueError('task = "segment" needs the schema to name a segment column and list its public segments')
+        return self
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of every bank's tasks: the public segments, or "" for all of the bank's records as one."""
+        return self.data.segments if self.inner.task == "segment" else (WHOLE_INSTITUTION,)
+
+    @property
+    def total_steps(self) -> int:
+        """Private steps of a bank that takes part in every round."""
+        return self.outer.rounds * self.inner.local_steps
+
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON, hexadecimal: what a bank approves."""
+        return canonical_hash(self)
+
+    def to_json(self) -> str:
+        """The canonical text whose digest is `hash`."""
+        return canonical_json(self)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan from its JSON file.
+
+    Raises:
+        ConfigError: the file is missing or is no plan of this protocol.
+
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(f"{path}: cannot be read as a plan; expected the JSON that a run writes") from None
+    return validate(values, Plan, where=str(path))

@@ -1,0 +1,183 @@
+"""The columns of a table, with everything public that is needed to turn them into model inputs.
+
+A schema belongs to the plan, so every bank and the server see the same one. Bounds, bins, shares and
+categories are public constants; nothing in it may be fitted on private records.
+"""
+
+import hashlib
+import json
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from .config import Frozen
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class NumericColumn(Frozen):
+    """A number between public bounds.
+
+    The value is that of the table's column `source` (by default, of the same name), divided by the column
+    `divide_by` of the same record where one is given: a guarantee as a share of the loan, say.
+
+    `bins` are the inner edges of the piecewise-linear bins, in the column's own unit, ascending and strictly
+    inside the bounds; where none are given, the range is cut evenly on the column's scale. `shares` are the
+    publicly expected shares of records in the `len(bins) + 1` bins; even shares where none are given.
+    """
+
+    kind: Literal["numeric"]
+    name: Text
+    title: str = ""
+    unit: str = ""
+    source: Text | None = None
+    divide_by: Text | None = None
+    lower: float = Field(allow_inf_nan=False)
+    upper: float = Field(allow_inf_nan=False)
+    scale: Literal["linear", "log", "log1p"] = "linear"
+    bins: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+    missing: Literal["indicator", "refuse"] = "indicator"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.lower < self.upper:
+            raise ValueError(f"column '{self.name}': lower must be below upper")
+        if self.scale == "log" and self.lower <= 0:
+            raise ValueError(f"column '{self.name}': scale 'log' needs a lower bound above 0; 'log1p' takes 0")
+        if self.scale == "log1p" and self.lower < 0:
+            raise ValueError(f"column '{self.name}': scale 'log1p' needs a lower bound of 0 or more")
+        inside = all(math.isfinite(edge) and self.lower < edge < self.upper for edge in self.bins)
+        if not inside or any(a >= b for a, b in zip(self.bins, self.bins[1:], strict=False)):
+            raise ValueError(f"column '{self.name}': bins must ascend strictly inside the bounds")
+        if self.shares and (len(self.shares) != len(self.bins) + 1 or not self.bins):
+            raise ValueError(f"column '{self.name}': shares must have one entry for each bin: one more than edges")
+        if any(not 0 < share < 1 for share in self.shares):
+            raise ValueError(f"column '{self.name}': shares must lie between 0 and 1")
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Columns of the table that this input is read from."""
+        first = self.source or self.name
+        return (first, self.divide_by) if self.divide_by else (first,)
+
+
+class CategoricalColumn(Frozen):
+    """One of a public list of categories; anything else, a missing value included, counts as `other`.
+
+    `shares` are publicly expected shares of the categories, in their order; even shares where none are given.
+    """
+
+    kind: Literal["categorical"]
+    name: Text
+    title: str = ""
+    categories: tuple[str, ...] = Field(min_length=1)
+    shares: tuple[float, ...] = ()
+
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        # A year or a code may be written as a number in TOML; a boolean would be ambiguous as text.
+        if isinstance(value, list | tuple):
+            return [str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.categories)) != len(self.categories):
+            raise ValueError(f"column '{self.name}': a category stands twice")
+        if self.shares:
+            if len(self.shares) != len(self.categories):
+                raise ValueError(f"column '{self.name}': shares must have one entry for each category")
+            if any(not 0 < share < 1 for share in self.shares) or sum(self.shares) > 1 + 1e-9:
+                raise ValueError(f"column '{self.name}': shares must lie between 0 and 1 and sum to at most 1")
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Columns of the table that this input is read from."""
+        return (self.name,)
+
+
+class Label(Frozen):
+    """The binary outcome: which value means that the event happened (a loan was charged off), which that it did not."""
+
+    name: Text
+    positive: str | int = 1
+    negative: str | int = 0
+    title: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if str(self.positive) == str(self.negative):
+            raise ValueError("label: positive and negative must differ")
+        return self
+
+
+class Encoding(Frozen):
+    """Public constants of the encoding; `metarisk_common.features` says what each does."""
+
+    variance_power: float = Field(default=0.35, ge=0, le=1)
+    intercept: float = Field(default=0.25, gt=0, lt=1)
+    clip_standardised: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+
+
+Column = Annotated[NumericColumn | CategoricalColumn, Field(discriminator="kind")]
+
+
+class Schema(Frozen):
+    """The columns of a table: inputs, label, and what the records are grouped by.
+
+    `segments` is the public list of segments that tasks are made of; which of them a bank has records of is
+    private, so every bank works on every one of them. A record of any other belongs to none.
+    """
+
+    label: Label
+    institution: Text
+    segment: Text | None = None
+    segments: tuple[str, ...] = ()
+    identifier: Text | None = None
+    columns: tuple[Column, ...] = Field(min_length=1)
+    encoding: Encoding = Encoding()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.segments and self.segment is None:
+            raise ValueError("segments are listed but no segment column is named")
+        if len(set(self.segments)) != len(self.segments):
+            raise ValueError("a segment stands twice")
+        names = [column.name for column in self.columns]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"column '{twice[0]}' stands twice")
+        for role, name in (
+            ("label", self.label.name),
+            ("institution", self.institution),
+            ("identifier", self.identifier),
+        ):
+            if name and any(name in column.sources for column in self.columns):
+                raise ValueError(f"column '{name}' is the {role} and may not be an input as well")
+        return self
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Every column that a bank's table must have, the institution aside: a bank knows its own name."""
+        extra = [name for name in (self.label.name, self.segment, self.identifier) if name]
+        inputs = [name for column in self.columns for name in column.sources]
+        return tuple(dict.fromkeys([*inputs, *extra]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of the schema, hexadecimal."""
+        return canonical_hash(self)
+
+
+def canonical_json(value: Frozen) -> str:
+    """One text for one value: keys sorted, no spaces, ASCII only."""
+    return json.dumps(value.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def canonical_hash(value: Frozen) -> str:
+    """SHA-256 of `canonical_json`, hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

@@ -1,0 +1,250 @@
+"""Checks of a table against its schema, and the one way in which its cells become numbers and text.
+
+Both CSV and Parquet pass through here, so the same rows give the same values whatever file they came from:
+a cell is read by what the schema says of its column, never by what a reader guessed. Every error is one
+line that names the file and the column, counts the cells, and never repeats one.
+"""
+
+import difflib
+from typing import Final
+
+import numpy as np
+import polars as pl
+
+from .errors import DataError
+from .schema import CategoricalColumn, Label, NumericColumn, Schema
+
+UNKNOWN_SEGMENT: Final = "unknown"
+"""Segment of a record whose segment is missing."""
+
+_WHOLE_NUMBER_AS_FLOAT: Final = r"^(-?\d+)\.0+$"
+
+
+def check_table(frame: pl.DataFrame, schema: Schema, where: str) -> None:
+    """Raise unless `frame` can be learned from: every column of the schema there, and every cell of its kind.
+
+    Args:
+        frame: one record a row; columns that the schema doesn't name are left alone.
+        schema: the public schema of the plan.
+        where: opens the error's message, usually the file's path.
+
+    Raises:
+        DataError: columns are missing or stand twice, there are no rows, a column holds another kind of value,
+            infinite values, missing values where they are refused, labels other than the two declared, or an
+            identifier that repeats.
+
+    """
+    require_columns(frame, schema.required, where)
+    if frame.height == 0:
+        raise DataError(f"{where}: holds no rows; export the table again with one row for each record")
+    for column in schema.columns:
+        if isinstance(column, NumericColumn):
+            numbers(frame, column, where)
+        else:
+            categories(frame, column, where)
+    labels(frame, schema.label, where)
+    if schema.segment is not None:
+        segments(frame, schema.segment, where)
+    if schema.identifier is not None:
+        _check_identifiers(frame, schema.identifier, where)
+
+
+def check_two_classes(y: np.ndarray, where: str) -> None:
+    """Raise unless both outcomes occur in `y: (rows,)` of 0 and 1.
+
+    Raises:
+        DataError: every label is the same.
+
+    """
+    positives = int(np.count_nonzero(y > 0.5))  # noqa: PLR2004 - halfway between the two labels
+    if positives in (0, len(y)):
+        raise DataError(
+            f"{where}: every record has the same label (a lender with one class), so nothing can be learned or "
+            "judged; use a longer period, or check the label's 'positive' and 'negative' in the schema",
+        )
+
+
+def require_columns(frame: pl.DataFrame, names: tuple[str, ...], where: str) -> None:
+    """Raise unless each of `names` is exactly one column of `frame`.
+
+    Raises:
+        DataError: naming the first column that is missing, with a near miss from the header if there is one.
+
+    """
+    missing = [name for name in names if name not in frame.columns]
+    if missing and len(missing) == len(names):
+        # Without one known name the first line may well be a record, so nothing of it may be shown.
+        raise DataError(
+            f"{where}: column '{missing[0]}' is missing{' like all others of the schema' if len(names) > 1 else ''}; "
+            "check that the first line is a header and that the separator is a comma",
+        )
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(
+            f"{where}: column '{missing[0]}' is missing{more}{_near_miss(missing[0], names, frame)}; "
+            "add or rename the column in the table",
+        )
+    for name in names:
+        if f"{name}_duplicated_0" in frame.columns:  # the name that Polars gives to a repeated header
+            raise DataError(f"{where}: column '{name}' stands twice in the header; keep one of them")
+
+
+def numbers(frame: pl.DataFrame, column: NumericColumn, where: str) -> pl.Series:
+    """Read the cells of a numeric column as Float64, with null for whatever is missing (null, NaN, blank text).
+
+    Booleans count as 0 and 1, and text that reads as a number counts as that number. A column with `divide_by` is
+    the quotient of two; it is missing where either is, or where the divisor is 0.
+
+    Raises:
+        DataError: cells that aren't numbers, infinite values, or missing values where the schema refuses them.
+
+    """
+    values = _floats(frame, column.sources[0], where)
+    if column.divide_by is not None:
+        divisor = _floats(frame, column.divide_by, where)
+        values = values / divisor.replace(0.0, None)
+    absent = values.null_count()
+    if absent and column.missing == "refuse":
+        raise DataError(
+            f"{where}: column '{column.name}' has {absent} missing values in {frame.height} rows and the schema "
+            'refuses them; fill or leave out those rows, or agree on missing = "indicator" in the schema',
+        )
+    return values
+
+
+def categories(frame: pl.DataFrame, column: CategoricalColumn, where: str) -> pl.Series:
+    """Read the cells of a categorical column as text, unknown ones included, with null for whatever is missing.
+
+    Raises:
+        DataError: the column holds dates, lists or another kind that has no plain text.
+
+    """
+    return _texts(frame, column.name, where, known=column.categories)
+
+
+def segments(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
+    """Read the segment of each record as text; a record without one belongs to `UNKNOWN_SEGMENT`.
+
+    The rule reads one record and nothing else, so that segments stay disjoint whatever other records there are.
+
+    Raises:
+        DataError: the column is missing or has no plain text.
+
+    """
+    require_columns(frame, (name,), where)
+    return _texts(frame, name, where).fill_null(UNKNOWN_SEGMENT)
+
+
+def labels(frame: pl.DataFrame, label: Label, where: str) -> np.ndarray:
+    """Read the labels, `(rows,) float32`: 1 where the cell is `label.positive`, 0 where it is `label.negative`.
+
+    Raises:
+        DataError: the column is missing, or holds missing cells or any value but the two declared.
+
+    """
+    require_columns(frame, (label.name,), where)
+    positive, negative = str(label.positive), str(label.negative)
+    text = _texts(frame, label.name, where, known=(positive, negative))
+    if {positive, negative} == {"0", "1"}:
+        text = text.replace({"true": "1", "false": "0"})
+    absent = text.null_count()
+    if absent:
+        raise DataError(
+            f"{where}: label column '{label.name}' is empty in {absent} of {frame.height} rows; "
+            "leave out the records whose outcome is not known yet",
+        )
+    other = text.filter(~text.is_in([positive, negative]))
+    if len(other):
+        raise DataError(
+            f"{where}: label column '{label.name}' holds {other.n_unique()} distinct values other than the two that "
+            f"the schema declares, in {len(other)} of {frame.height} rows; leave those rows out or recode them",
+        )
+    return (text == positive).cast(pl.Float32).to_numpy()
+
+
+def split_by_institution(frame: pl.DataFrame, schema: Schema, where: str) -> dict[str, pl.DataFrame]:
+    """One table for each institution, sorted by its name, rows in their order.
+
+    Raises:
+        DataError: a column of the schema is missing, or the institution is empty in some rows.
+
+    """
+    require_columns(frame, (*schema.required, schema.institution), where)
+    names = _texts(frame, schema.institution, where)
+    absent = names.null_count()
+    if absent:
+        raise DataError(
+            f"{where}: institution column '{schema.institution}' is empty in {absent} of {frame.height} rows; "
+            "every record must say whose it is",
+        )
+    rows_of = pl.DataFrame({"name": names}).with_row_index("row").group_by("name").agg("row").sort("name")
+    return {name: frame[rows] for name, rows in zip(rows_of["name"], rows_of["row"], strict=True)}
+
+
+def _check_identifiers(frame: pl.DataFrame, name: str, where: str) -> None:
+    text = _texts(frame, name, where)
+    absent = text.null_count()
+    if absent:
+        raise DataError(
+            f"{where}: identifier column '{name}' is empty in {absent} of {frame.height} rows; "
+            "give every record its own",
+        )
+    repeated = len(text) - text.n_unique()
+    if repeated:
+        raise DataError(
+            f"{where}: identifier column '{name}' repeats in {repeated} of {frame.height} rows, and a record that "
+            "stands twice is protected half as well; keep one row for each record",
+        )
+
+
+def _floats(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
+    series, rows = frame[name], frame.height
+    if series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null):
+        values = series.cast(pl.Float64)
+    elif series.dtype in (pl.String, pl.Categorical, pl.Enum):
+        text = _without_blanks(series.cast(pl.String).str.strip_chars().str.to_lowercase())
+        values = text.replace({"true": "1", "false": "0"}).cast(pl.Float64, strict=False)
+        other = values.null_count() - text.null_count()
+        if other:
+            raise DataError(
+                f"{where}: column '{name}' must hold numbers, but {other} of {rows} cells hold other text; "
+                "write numbers like 1234.5, and leave a cell empty where the value is missing",
+            )
+    else:
+        raise DataError(_wrong_kind(where, name, series.dtype, "numbers"))
+    values = values.fill_nan(None)
+    infinite = int(values.is_infinite().sum())
+    if infinite:
+        raise DataError(
+            f"{where}: column '{name}' holds infinite values in {infinite} of {rows} rows; "
+            "leave a cell empty where the value is missing",
+        )
+    return values
+
+
+def _texts(frame: pl.DataFrame, name: str, where: str, known: tuple[str, ...] = ()) -> pl.Series:
+    # What is known is kept as it stands. The rest is brought to one spelling, since the same column may arrive
+    # as numbers, as booleans or as their text: 1990 and 1990.0 are "1990"; True is "true"; NaN and blank are missing.
+    series = frame[name]
+    plain = series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null, pl.String, pl.Categorical, pl.Enum)
+    if not plain:
+        raise DataError(_wrong_kind(where, name, series.dtype, "categories (text, whole numbers or true and false)"))
+    text = _without_blanks(series.cast(pl.String))
+    spelled = text.str.replace(_WHOLE_NUMBER_AS_FLOAT, "$1").replace({"True": "true", "False": "false"})
+    spelled = spelled.set(spelled.is_in(["NaN", "nan"]), None)
+    return spelled.zip_with(~text.is_in(list(known)).fill_null(value=False), text) if known else spelled
+
+
+def _without_blanks(text: pl.Series) -> pl.Series:
+    return text.set(text.str.strip_chars() == "", None)
+
+
+def _near_miss(name: str, names: tuple[str, ...], frame: pl.DataFrame) -> str:
+    spelled = {" ".join(other.lower().split()): other for other in frame.columns if other not in names}
+    close = difflib.get_close_matches(name.lower(), list(spelled), n=1)
+    return f"; did you mean '{' '.join(spelled[close[0]].split())}'?" if close else ""
+
+
+def _wrong_kind(where: str, name: str, dtype: pl.DataType, expected: str) -> str:
+    kind = "dates or times" if dtype.is_temporal() else "lists or structures" if dtype.is_nested() else "binary values"
+    return f"{where}: column '{name}' holds {kind}, and the schema expects {expected}; convert the column in the table"

@@ -1,0 +1,124 @@
+"""Tasks (one segment of one institution) and few-shot draws: which records adapt a model and which judge it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from .errors import DataError
+from .params import Array
+
+WHOLE_INSTITUTION: Final = ""
+"""Segment of a task that holds all records of its institution."""
+
+_DRAWS_AT_ONCE: Final = 1024
+
+
+@dataclass(frozen=True)
+class Task:
+    """Records of one segment of one institution; `x` and `y` are arrays or tensors with rows aligned."""
+
+    institution: str
+    segment: str
+    x: Array
+    y: Array
+
+
+@dataclass(frozen=True)
+class FewShotDraw:
+    """One order of a task's records. The first `k` of `support` adapt the model, `query` judges it, for every `k`.
+
+    Attributes:
+        support: (k_max,) int64 row numbers; supports of different sizes are nested.
+        query: (rows - k_max,) int64 row numbers, the same for every k and disjoint from the support.
+
+    """
+
+    support: np.ndarray
+    query: np.ndarray
+
+
+def tasks_of(institution: str, x: Array, y: Array, segment: np.ndarray | None, names: Sequence[str]) -> list[Task]:
+    """Cut an institution's records into the tasks of a public list, one for each name in its order.
+
+    A record's segment is a public rule on that record alone, so the tasks' records are disjoint. Which segments
+    occur is private: a task comes for every name, with no rows where the institution has none.
+
+    Args:
+        institution: its name.
+        x: (rows, width) inputs, an array or a tensor.
+        y: (rows,) labels, likewise.
+        segment: (rows,) of str; may be None where the only name is `WHOLE_INSTITUTION`.
+        names: public segments; `WHOLE_INSTITUTION` alone for all records as one task.
+
+    Raises:
+        DataError: tasks by segment are asked for and the records have none.
+
+    """
+    if tuple(names) == (WHOLE_INSTITUTION,):
+        return [Task(institution, WHOLE_INSTITUTION, x, y)]
+    if segment is None:
+        raise DataError(f"{institution}: the records have no segment; name a segment column in the schema")
+    rows_of = {name: np.flatnonzero(segment == name) for name in names}
+    return [Task(institution, name, x[rows], y[rows]) for name, rows in rows_of.items()]
+
+
+def few_shot_draw(
+    y: np.ndarray,
+    *,
+    k_min: int,
+    k_max: int,
+    seed_parts: tuple[str | int, ...],
+    where: str,
+) -> FewShotDraw:
+    """Draw a random order of the records, given that support and query can both be learned from and judged.
+
+    The order is uniform among those whose first `k_min` records, and whose records after the first `k_max`,
+    hold both classes. It is drawn by rejection on the class counts of those stretches, which has the
+    distribution of shuffling again until they fit, without shuffling every time.
+
+    Args:
+        y: (rows,) labels 0 or 1.
+        k_min: the smallest support that will be used.
+        k_max: the largest support; the query starts after it.
+        seed_parts: what the draw is for (e.g. a seed, the institution, a number); same parts, same draw.
+        where: names the institution in the error.
+
+    Raises:
+        DataError: no order fits: too few records, or too few of one class.
+
+    """
+    rows = len(y)
+    positive = np.asarray(y) > 0.5  # noqa: PLR2004 - halfway between the two labels
+    positives = int(np.count_nonzero(positive))
+    if not 2 <= k_min <= k_max:  # noqa: PLR2004 - one record of each class
+        raise ValueError(f"k_min must be at least 2 and at most k_max, not {k_min} and {k_max}")
+    if rows < k_max + 2 or min(positives, rows - positives) < 2:  # noqa: PLR2004 - one of each class in both parts
+        raise DataError(
+            f"{where}: too few records for supports of {k_min} to {k_max}; a draw needs at least {k_max + 2} records, "
+            "with at least 2 of each class",
+        )
+    random = np.random.default_rng(_seed(seed_parts))
+    sizes = np.array([k_min, k_max - k_min, rows - k_max])
+    while True:
+        hits = random.multivariate_hypergeometric(sizes, positives, size=_DRAWS_AT_ONCE)
+        both = (hits > 0) & (hits < sizes)
+        fits = np.flatnonzero(both[:, 0] & both[:, 2])
+        if len(fits):
+            break
+    first = hits[fits[0]]
+    ends = np.cumsum(first)[:-1], np.cumsum(sizes - first)[:-1]
+    of_positives = np.split(random.permutation(np.flatnonzero(positive)), ends[0])
+    of_negatives = np.split(random.permutation(np.flatnonzero(~positive)), ends[1])
+    smallest, rest, query = (
+        random.permutation(np.concatenate(pair)) for pair in zip(of_positives, of_negatives, strict=True)
+    )
+    return FewShotDraw(support=np.concatenate([smallest, rest]), query=query)
+
+
+def _seed(parts: tuple[str | int, ...]) -> int:
+    # JSON keeps the parts apart: ("a", 1), ("a1",) and ("a", "1") are three seeds.
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest(), "big")

@@ -1,0 +1,1 @@
+"""What runs at the consortium's operator: rounds, admission, aggregation, checkpoints."""

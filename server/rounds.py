@@ -1,0 +1,104 @@
+"""The resumable loop over rounds: push orders, stream replies, fold, checkpoint, journal.
+
+Flower's `Strategy.start` can neither begin at a later round nor checkpoint, and `Grid.send_and_receive` holds
+every reply at once; this loop does the first two and not the third.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from metarisk_common.errors import ConfigError, IntegrityError
+from metarisk_common.flower_compat import node_names
+from metarisk_common.plan import Plan
+from metarisk_common.wire import TrainOrder, encode_order
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .journal import append_record, mend_journal
+from .state import ServerState
+from .strategy import aggregate_train, configure_train
+
+JOURNAL = "journal.jsonl"
+CHECKPOINT = "checkpoint"
+_POLL_SECONDS = 0.02
+
+
+def resume_or_start(folder: Path, start: ServerState) -> ServerState:
+    """Return the folder's checkpointed state, or `start` where there is none yet.
+
+    Raises:
+        IntegrityError: the checkpoint belongs to another plan or run, or it or the journal is damaged.
+
+    """
+    found = load_checkpoint(folder / CHECKPOINT)
+    if found is None:
+        return start
+    state, record = found
+    if (state.plan_hash, state.run_id) != (start.plan_hash, start.run_id):
+        raise IntegrityError(f"{folder}: the checkpoint belongs to another plan or run; start a new run folder")
+    mend_journal(folder / JOURNAL, record)
+    return state
+
+
+def run_rounds(state: ServerState, plan: Plan, grid: Grid, folder: Path) -> ServerState:
+    """Play the rounds after `state` until the plan's last one, each on the disk before the next begins.
+
+    Killed at any instant and started again from `resume_or_start`, it plays the interrupted round anew with
+    the same order; a bank that has already released for that order answers with the very same report.
+
+    Raises:
+        ConfigError: no node is online when a round begins.
+
+    """
+    while state.round < plan.outer.rounds:
+        state = play_round(state, plan, grid, folder)
+    return state
+
+
+def play_round(state: ServerState, plan: Plan, grid: Grid, folder: Path) -> ServerState:
+    """Play one round and write it down: the checkpoint first, with the record, then the journal."""
+    started = time.monotonic()
+    cohort = node_names(grid)
+    if not cohort:
+        raise ConfigError("no bank is online: start at least one before the run")
+    order = configure_train(state, plan)
+    replies = stream_replies(grid, order, cohort, plan.outer.deadline_seconds)
+    after, record = aggregate_train(state, plan, order, cohort, replies)
+    record = {**record, "run_id": state.run_id, "seconds": round(time.monotonic() - started, 4)}
+    save_checkpoint(folder / CHECKPOINT, after, record)
+    append_record(folder / JOURNAL, record)
+    return after
+
+
+def stream_replies(
+    grid: Grid, order: TrainOrder, cohort: Mapping[int, str], deadline_seconds: float
+) -> Iterator[tuple[int, Message]]:
+    """Push an order to every node and yield replies one at a time, until all are in or the deadline has passed.
+
+    Yields:
+        The node that was asked, which need not be the one that a failure's message says it is from; and its reply.
+
+    """
+    end = time.monotonic() + deadline_seconds
+    waiting = {}
+    for node_id in sorted(cohort, key=lambda node: (cohort[node], node)):
+        # Encoded anew for each node, because Flower may mutate a message it was given. One message a call, in a
+        # list: Flower walks through what it is given twice, and all orders together may be too large for it.
+        message = Message(
+            encode_order(order), node_id, MessageType.TRAIN, ttl=deadline_seconds, group_id=str(order.round)
+        )
+        waiting.update(dict.fromkeys(filter(None, grid.push_messages([message])), node_id))
+    while waiting:
+        before = len(waiting)
+        for message_id, node_id in tuple(waiting.items()):
+            # One id a call, so that at most one reply's arrays are in memory.
+            for reply in grid.pull_messages([message_id]):
+                if waiting.pop(message_id, None) is not None:
+                    yield node_id, reply
+        if time.monotonic() >= end:
+            return
+        if len(waiting) == before:
+            time.sleep(_POLL_SECONDS)

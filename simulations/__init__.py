@@ -1,0 +1,1 @@
+"""Federations on one machine, running the production code; scenarios, baselines and reports."""

@@ -1,0 +1,194 @@
+"""`metarisk-simulate`: federations on this machine, from a scenario file to a report."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+
+from metarisk_common.commands import progress_bar, run_app, show_version
+from metarisk_common.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: the next free runs/NAME-001.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or with the newest of this name.")]
+Engine = Annotated[str, typer.Option(help="inprocess, or ray for Flower's own simulation engine (an extra).")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Worker processes; 0 runs all in one. Default: the cores.")]
+Version = Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+Epsilon = Annotated[float | None, typer.Option(help="Budget of every bank in place of the scenario's; inf: no noise.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the noise in place of the scenario's: NOT PRIVATE.")]
+SystemNoise = Annotated[bool, typer.Option("--system-noise", help="Real randomness, whatever the scenario's seed.")]
+RUNS = Path("runs")
+
+
+@app.callback()
+def common(_: Version = False) -> None:  # noqa: FBT002 - a flag
+    """Run federations on this machine: real Flower messages, real differential privacy, one folder a bank."""
+
+
+@app.command(epilog="Example: metarisk-simulate demo")
+def demo(
+    scenario: Annotated[str, typer.Option(help="Built-in scenario; `list` shows them.")] = "credit",
+    out: Out = None,
+    resume: Resume = False,  # noqa: FBT002 - a flag
+    engine: Engine = "inprocess",
+    workers: Workers = None,
+    epsilon: Epsilon = None,
+    seed: Seed = None,
+    system_noise: SystemNoise = False,  # noqa: FBT002 - a flag
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Train on real loans under differential privacy, and judge on lenders never seen."""
+    from .scenarios import built_in  # noqa: PLC0415 - see `_run`
+
+    _run(built_in(scenario), out, resume, engine, workers, epsilon, seed, system_noise, as_json)
+
+
+@app.command(epilog="Example: metarisk-simulate run my.toml --epsilon 3")
+def run(
+    scenario: Annotated[
+        Path | None, typer.Argument(help="The scenario's TOML file; not needed with --resume --out.")
+    ] = None,
+    out: Out = None,
+    resume: Resume = False,  # noqa: FBT002 - a flag
+    engine: Engine = "inprocess",
+    workers: Workers = None,
+    epsilon: Epsilon = None,
+    seed: Seed = None,
+    system_noise: SystemNoise = False,  # noqa: FBT002 - a flag
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Train and evaluate the experiment that a TOML file describes, on your own data."""
+    if scenario is None and not (resume and out):
+        raise ConfigError("name a scenario file, or an unfinished run with --resume --out RUN")
+    _run(scenario, out, resume, engine, workers, epsilon, seed, system_noise, as_json)
+
+
+@app.command(epilog="Example: metarisk-simulate evaluate runs/sba-loans-001 --data lenders.parquet --k 0,20,50,100")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    data: Annotated[
+        Path | None, typer.Option(help="CSV or Parquet of the same schema. Default: the run's unseen.")
+    ] = None,
+    k: Annotated[str | None, typer.Option(help="Numbers of labels, as 0,20,50,100. Default: the scenario's.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Draws of labels for each lender. Default: the scenario's.")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Judge a finished run on lenders that took no part in it."""
+    from client.dataset import read_table  # noqa: PLC0415 - see `_run`
+
+    from . import experiment, results, runfolder  # noqa: PLC0415
+    from .console import results_table  # noqa: PLC0415
+    from .findings import Metrics  # noqa: PLC0415, TC001
+
+    ks = None if k is None else _numbers(k)
+    folder = runfolder.open_run(run)
+    path = data or folder.path / "unseen.parquet"
+    frame = read_table(path)
+    with progress_bar("evaluating", quiet=as_json) as advance:
+        found = results.measure(
+            folder, experiment.initializations(folder, workers=_workers(workers)), frame,
+            where=str(path), ks=ks, draws=draws, on_progress=advance,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        Console().print(results_table(cast("Metrics", found.metrics), found.main_method))
+
+
+@app.command("list", epilog="Example: metarisk-simulate list")
+def list_runs(as_json: AsJson = False) -> None:  # noqa: FBT002 - a flag
+    """Show the built-in scenarios, and the runs in ./runs with how far each has come."""
+    from . import experiment, runfolder  # noqa: PLC0415 - see `_run`
+    from .scenarios import BUILT_IN, built_in, load_scenario  # noqa: PLC0415
+
+    scenarios = {name: load_scenario(built_in(name)).title for name in BUILT_IN}
+    runs = []
+    for path in sorted(RUNS.glob("*/run.json")):
+        folder = runfolder.open_run(path.parent)
+        rounds = experiment.rounds_done(folder)
+        runs.append({"run": str(path.parent), "round": rounds, "rounds": folder.plan.outer.rounds})
+    if as_json:
+        typer.echo(json.dumps({"scenarios": scenarios, "runs": runs}))
+        return
+    for name, title in scenarios.items():
+        typer.echo(f"{name:12} {title}")
+    for item in runs:
+        typer.echo(f"{item['run']:32} round {item['round']} of {item['rounds']}")
+
+
+@app.command(epilog="Example: metarisk-simulate bench")
+def bench(as_json: AsJson = False) -> None:  # noqa: FBT002 - a flag
+    """Measure a private step against a plain one, and a round on each engine, side by side."""
+    from .bench import measure, table  # noqa: PLC0415 - see `_run`
+
+    figures = measure()
+    if as_json:
+        typer.echo(json.dumps(figures))
+    else:
+        Console().print(table(figures))
+
+
+def main() -> None:
+    """Run the command line; mistakes become one line and an exit code."""
+    run_app(app)
+
+
+def _run(
+    scenario_path: Path | None,
+    out: Path | None,
+    resume: bool,  # noqa: FBT001 - as given
+    engine: str,
+    workers: int | None,
+    epsilon: float | None,
+    seed: int | None,
+    system_noise: bool,  # noqa: FBT001 - as given
+    as_json: bool,  # noqa: FBT001 - as given
+) -> None:
+    # Imported here, so that --help and a mistake in a flag need not wait for Torch.
+    from .pipeline import Request, execute  # noqa: PLC0415
+
+    if engine not in ("inprocess", "ray"):
+        raise ConfigError(f"--engine {engine}: choose inprocess or ray")
+    if epsilon is not None and not epsilon > 0:
+        raise ConfigError("--epsilon: must be above 0; inf switches the noise off")
+    if seed is not None and system_noise:
+        raise ConfigError("--seed and --system-noise exclude each other")
+    request = Request(
+        scenario=scenario_path, out=out, runs=RUNS, resume=resume, engine=engine, workers=_workers(workers),
+        epsilon=epsilon, seed=seed, system_noise=system_noise, quiet=as_json,
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )  # fmt: skip
+    answer = execute(request)
+    if as_json:
+        typer.echo(json.dumps(answer))
+
+
+def _workers(asked: int | None) -> int:
+    return len(os.sched_getaffinity(0)) if asked is None else asked
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        values = ()
+    if not values or values[0] < 0 or 1 in values:
+        raise ConfigError(f"--k {text}: give numbers of labels separated by commas, as 0,20,50,100; 1 is too few")
+    return values
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The words and numbers in which a run's metrics are told: their types, their print, and what they allow to be said."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NotRequired, TypedDict
+
+from . import plots
+
+Measure = Literal["auc", "ks", "log_loss", "brier"]
+
+ABSENT = "\u2013"
+PAIRED_DIGITS = 4
+
+
+class Method(TypedDict):
+    """How a method is called in print, who holds the data it learns from, and whether it learns privately."""
+
+    title: str
+    kind: Literal["federated", "local", "pooled"]
+    private: bool
+
+
+class Estimate(TypedDict):
+    """A mean over unseen lenders and draws with the two ends of its 95% interval."""
+
+    mean: float | None
+    ci95: Sequence[float | None]
+
+
+class Cell(TypedDict, total=False):
+    """One method after k labels; what was not measured is left out."""
+
+    auc: Estimate
+    ks: Estimate
+    log_loss: Estimate
+    brier: Estimate
+    worst_decile: Mapping[str, float | None]
+    institutions: int
+
+
+class Paired(TypedDict):
+    """Difference in AUC, method less baseline, on the same lenders, draws and labels."""
+
+    method: str
+    baseline: str
+    k: int
+    mean: float | None
+    ci95: Sequence[float | None]
+    wins: int
+    losses: int
+
+
+class Gains(TypedDict):
+    """Difference in AUC of each unseen lender after k labels, method less baseline."""
+
+    k: int
+    baseline: str
+    method: str
+    gains: Mapping[str, float]
+
+
+class Metrics(TypedDict):
+    """The content of a run's `metrics.json`; in `summary`: method, then k as text."""
+
+    ks: Sequence[int]
+    draws: int
+    methods: Mapping[str, Method]
+    summary: Mapping[str, Mapping[str, Cell]]
+    paired: Sequence[Paired]
+    gain_by_institution: Gains | None
+    share_harmed: Mapping[str, float]
+
+
+class Account(TypedDict):
+    """What one lender's ledger says at the end of the run."""
+
+    spent: float
+    declared_size: int
+    entries: int
+
+
+class Privacy(TypedDict):
+    """The run's claim, and every participating lender's account."""
+
+    epsilon_budget: float
+    delta: float
+    unit: str
+    by_institution: Mapping[str, Account]
+
+
+class Round(TypedDict):
+    """One line of the journal. `cohort`, `admitted`: counts or names.
+
+    `refused` and `rejected`: name to code, of a lender that declined and of a report that the server did not take;
+    `absent`: names without an answer; `quorum`: whether enough reports came for a step.
+    """
+
+    round: int
+    seconds: float
+    cohort: int | Sequence[str]
+    admitted: int | Sequence[str]
+    refused: Mapping[str, str]
+    rejected: NotRequired[Mapping[str, str]]
+    absent: NotRequired[Sequence[str]]
+    quorum: NotRequired[bool]
+    mean_update_norm: float | None
+    server_learning_rate: float | None
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """Write a number with a real minus sign; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    text = f"{value:.{digits}f}"
+    return text.replace("-", plots.MINUS) if float(text) else f"{0:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """Write a difference with its sign; one that rounds to zero has none."""
+    text = fixed(value, digits)
+    return text if value is None or not math.isfinite(value) or round(value, digits) <= 0 else f"+{text}"
+
+
+def interval(ends: Sequence[float | None], digits: int = 3) -> str:
+    """Write both ends of an interval; a dash where it is unknown."""
+    texts = [fixed(end, digits) for end in ends]
+    return ABSENT if ABSENT in texts or not texts else " to ".join(texts)
+
+
+def spent(epsilon: float, digits: int = 2) -> str:
+    """Write a privacy loss rounded up, so that print never claims more protection than the ledger does."""
+    if not math.isfinite(epsilon):
+        return "no bound"
+    scale = 10**digits
+    return f"{math.ceil(epsilon * scale - 1e-9) / scale:.{digits}f}"
+
+
+def power(value: float) -> str:
+    """Write a small number as people do: 1e-5."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def estimate(metrics: Metrics, method: str, k: int, measure: Measure = "auc") -> Estimate | None:
+    """Return what was measured of a method after k labels, or None where nothing was."""
+    found = metrics["summary"].get(method, {}).get(str(k), Cell()).get(measure)
+    if found is None or found["mean"] is None or not math.isfinite(found["mean"]):
+        return None
+    return found
+
+
+def paired_with(metrics: Metrics, method: str, baseline: str, k: int) -> Paired | None:
+    """Return the paired difference of two methods after k labels, or None where it was not computed."""
+    wanted = (method, baseline, k)
+    return next((pair for pair in metrics["paired"] if (pair["method"], pair["baseline"], pair["k"]) == wanted), None)
+
+
+def gains_of(metrics: Metrics, main_method: str) -> Gains:
+    """Return the headline's comparison, or an empty one at the middle k where the run had no local method."""
+    found = metrics["gain_by_institution"]
+    if found is not None:
+        known = {name: gain for name, gain in found["gains"].items() if math.isfinite(gain)}
+        return Gains(k=found["k"], baseline=found["baseline"], method=found["method"], gains=known)
+    positive = [k for k in metrics["ks"] if k > 0] or [0]
+    return Gains(k=positive[len(positive) // 2], baseline="", method=main_method, gains={})
+
+
+def ordered_methods(metrics: Metrics, main_method: str) -> list[tuple[str, Method]]:
+    """Return the methods with the main one first, then federated, local and pooled ones, each in the file's order."""
+    kinds = ("federated", "local", "pooled")
+    return sorted(metrics["methods"].items(), key=lambda item: (item[0] != main_method, kinds.index(item[1]["kind"])))
+
+
+def verdict(pair: Paired | None) -> Literal["better", "worse", "not told apart", "not compared"]:
+    """Say what an interval allows: a direction only where all of it, as printed, lies on one side of zero."""
+    if pair is None:
+        return "not compared"
+    ends = [round(end, PAIRED_DIGITS) for end in pair["ci95"] if end is not None and math.isfinite(end)]
+    if len(ends) == len(pair["ci95"]) and ends and (min(ends) > 0 or max(ends) < 0):
+        return "better" if min(ends) > 0 else "worse"
+    return "not told apart"
+
+
+def strongest_local(metrics: Metrics, k: int) -> str | None:
+    """Return the local method with the highest mean AUC after k labels: the one that an honest claim must beat."""
+    found = {
+        name: estimate(metrics, name, k) for name, method in metrics["methods"].items() if method["kind"] == "local"
+    }
+    means = {name: value["mean"] or 0.0 for name, value in found.items() if value is not None}
+    return max(means, key=lambda name: means[name], default=None)
+
+
+def finding(metrics: Metrics, main_method: str) -> str:
+    """Return the headline: one sentence that the paired intervals allow, against the strongest local method as well."""
+    gains = gains_of(metrics, main_method)
+    method, baseline, k = gains["method"], gains["baseline"], gains["k"]
+    first = verdict(paired_with(metrics, method, baseline, k))
+    start = f"With {k} labels, a lender the model has never seen ranks risk"
+    sentence = {
+        "better": f"{start} better from the shared start than alone",
+        "worse": f"{start} worse from the shared start than alone",
+        "not told apart": f"{start} from the shared start no better or worse than alone, as far as this run can tell",
+        "not compared": "This run did not compare the shared start with a lender on its own",
+    }[first]
+    strongest = strongest_local(metrics, k)
+    if first == "better" and strongest not in {None, baseline}:
+        rival = verdict(paired_with(metrics, method, str(strongest), k))
+        if rival != "better":
+            sentence += {
+                "worse": ", but worse than with the strongest local method",
+                "not told apart": ", but not demonstrably better than with the strongest local method",
+                "not compared": "; the strongest local method was not compared",
+            }[rival]
+    return sentence + "."
+
+
+def pairs(metrics: Metrics) -> list[list[Paired]]:
+    """Return the comparisons by method and baseline, in the file's order, each by number of labels."""
+    groups: dict[tuple[str, str], list[Paired]] = {}
+    for pair in metrics["paired"]:
+        groups.setdefault((pair["method"], pair["baseline"]), []).append(pair)
+    return [sorted(group, key=lambda pair: pair["k"]) for group in groups.values()]

@@ -1,0 +1,154 @@
+"""`run` and `demo` from end to end: prepare, train, compare, evaluate, report. Every stage can be taken up again."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from client.dataset import read_table
+from metarisk_common.commands import progress_bar
+from metarisk_common.errors import ConfigError
+
+from . import experiment, results, runfolder
+from .console import RoundProgress, privacy_lines, results_table
+from .findings import Account, Metrics, Privacy, Round
+from .report import ReportData, write_report
+from .runfolder import RunFolder
+from .scenarios import Scenario, data_path, load_scenario
+
+UNIT = "one record of one institution"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    scenario: Path | None
+    out: Path | None
+    runs: Path
+    resume: bool
+    engine: str
+    workers: int
+    epsilon: float | None
+    seed: int | None
+    system_noise: bool
+    quiet: bool
+    command: str
+
+
+def execute(request: Request) -> dict[str, Any]:
+    """Do what was asked, show it unless `quiet`, and return what `--json` prints."""
+    out = Console(quiet=request.quiet)
+    started = time.monotonic()
+    run = _open(request)
+    out.print(
+        f"{run.scenario.title or run.scenario.name}: {len(run.bank_folders)} institutions learn together, "
+        f"{len(run.info['unseen'])} take no part. Run folder: {run.path}"
+    )
+    try:
+        _train(run, request)
+        with progress_bar("rivals", quiet=request.quiet) as advance:
+            found = experiment.initializations(run, workers=request.workers, on_step=advance)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Stopped. Go on with: metarisk-simulate run --resume --out {run.path}")
+        raise
+    unseen = run.path / "unseen.parquet"
+    with progress_bar("evaluating", quiet=request.quiet) as advance:
+        measured = results.measure(run, found, read_table(unseen), where=str(unseen), on_progress=advance)
+    results.save_results(run, measured)
+    privacy = privacy_of(run)
+    write_report(run.path / "report.html", report_data(run, measured, privacy, request.command))
+    out.print(results_table(cast("Metrics", measured.metrics), measured.main_method))
+    out.print(privacy_lines(privacy))
+    if run.not_private:
+        out.print(stamp(run))
+    out.print(f"Report: {run.path / 'report.html'}   ({time.monotonic() - started:.0f} seconds)")
+    return {
+        "run": str(run.path),
+        "not_private": run.not_private,
+        "summary": measured.metrics["summary"],
+        "paired": measured.metrics["paired"],
+        "privacy": privacy,
+    }
+
+
+def stamp(run: RunFolder) -> str:
+    """Say why the run's artifacts protect nobody."""
+    if run.info["seed"] is None:
+        return "NOT PRIVATE: the noise is switched off."
+    return f"NOT PRIVATE: a simulation whose noise comes from the seed {run.info['seed']}, so that it can be repeated."
+
+
+def privacy_of(run: RunFolder) -> Privacy:
+    """Return the claim and what every bank's ledger says was spent of it."""
+    return {
+        "epsilon_budget": run.epsilon,
+        "delta": run.plan.mechanism.delta,
+        "unit": UNIT,
+        "by_institution": cast("dict[str, Account]", run.spent()),
+    }
+
+
+def report_data(run: RunFolder, measured: results.Results, privacy: Privacy, command: str) -> ReportData:
+    """Collect what the report says from the run's own files."""
+    return ReportData(
+        title=run.scenario.title or run.scenario.name,
+        scenario=run.scenario.name,
+        created=run.info["created"],
+        not_private=run.not_private,
+        versions=run.info["versions"],
+        plan=run.plan.model_dump(mode="json"),
+        privacy=privacy,
+        journal=cast("list[Round]", run.journal()),
+        metrics=cast("Metrics", measured.metrics),
+        main_method=measured.main_method,
+        command=command,
+    )
+
+
+def _open(request: Request) -> RunFolder:
+    if request.resume:
+        path = request.out or _newest(request)
+        if path is not None and (path / "run.json").exists():
+            return _resumed(path, request)
+    if request.scenario is None:
+        raise ConfigError(f"{request.out}: holds no run that could be resumed; name a scenario to start one")
+    scenario = _scenario(request, request.scenario)
+    table = data_path(scenario, request.scenario)
+    path = request.out or runfolder.unused_folder(request.runs, scenario.name)
+    return runfolder.prepare(
+        path, scenario, read_table(table), where=str(table), epsilon=request.epsilon, engine=request.engine
+    )
+
+
+def _resumed(path: Path, request: Request) -> RunFolder:
+    run = runfolder.open_run(path)
+    if request.scenario is not None and _scenario(request, request.scenario) != run.scenario:
+        message = f"{path}: was made from another scenario than {request.scenario}; resume it without naming one"
+        raise ConfigError(message)
+    return run
+
+
+def _newest(request: Request) -> Path | None:
+    if request.scenario is None:
+        return None
+    name = load_scenario(request.scenario).name
+    return max(request.runs.glob(f"{name}-*"), default=None)
+
+
+def _scenario(request: Request, path: Path) -> Scenario:
+    scenario = load_scenario(path)
+    if request.system_noise:
+        return scenario.model_copy(update={"seed": None})
+    return scenario if request.seed is None else scenario.model_copy(update={"seed": request.seed})
+
+
+def _train(run: RunFolder, request: Request) -> None:
+    with RoundProgress(run.plan.outer.rounds, run.epsilon, quiet=request.quiet) as bar:
+        experiment.train(
+            run,
+            workers=request.workers,
+            on_progress=lambda at: bar.update(at.round, at.mean_update_norm, at.epsilon_spent),
+        )

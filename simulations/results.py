@@ -1,0 +1,191 @@
+"""What a finished run is worth: its initializations and their rivals on institutions that took no part."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from client.dataset import read_table
+from metarisk_common.errors import ConfigError
+from metarisk_common.evaluation import (
+    EpisodeScore,
+    EvaluationSet,
+    Method,
+    paired_difference,
+    run_episodes,
+    share_harmed,
+    summarise,
+)
+from metarisk_common.features import Encoder
+from metarisk_common.models import build, forward, to_tensors
+from metarisk_common.params import Params
+from metarisk_common.schema import Schema
+from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
+from server.checkpoint import write_atomically
+
+from . import baselines
+from .experiment import MAIN, data_files
+from .runfolder import RunFolder
+
+GAIN_K = 50
+"""Labels at which the gain of each institution is shown, or the nearest number that was evaluated."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores of every episode, and the summary that `metrics.json` holds."""
+
+    scores: Sequence[EpisodeScore]
+    metrics: dict[str, Any]
+    main_method: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Episodes and summary as plain values."""
+        return {"episodes": [asdict(score) for score in self.scores], "summary": self.metrics["summary"]}
+
+
+def method_names(run: RunFolder) -> dict[str, str]:
+    """Name each initialization as the tables do, by its key in `experiment.initializations`."""
+    algorithm = run.plan.inner.algorithm
+    private = run.plan.mechanism.noise_multiplier > 0
+    prefix = "dp-" if private else ""
+    return {MAIN: f"{prefix}{algorithm}", "no-dp": f"{algorithm}-no-dp", "joint": f"{prefix}joint"}
+
+
+def evaluation_sets(frame: pl.DataFrame, schema: Schema, where: str) -> list[EvaluationSet]:
+    """Check a table and encode it, institution by institution.
+
+    Raises:
+        DataError: the table does not fit the schema, or an institution, named, has one class only.
+
+    """
+    check_table(frame, schema, where)
+    encoder = Encoder(schema)
+    sets = []
+    for name, table in split_by_institution(frame, schema, where).items():
+        y = labels(table, schema.label, where)
+        check_two_classes(y, f"{where}: institution '{name}'")
+        x, _ = encoder.encode(table, where)
+        sets.append(EvaluationSet(name, x, baselines.raw_matrix(table, schema, where).values, y))
+    return sets
+
+
+def measure(
+    run: RunFolder,
+    initializations: Mapping[str, Params],
+    frame: pl.DataFrame,
+    *,
+    where: str,
+    ks: Sequence[int] | None = None,
+    draws: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Results:
+    """Judge a run on the institutions of a table; every comparison is paired.
+
+    Raises:
+        ConfigError: an institution of the table took part in the run: it would not be unseen.
+        DataError: the table does not fit the run's schema, or an institution is too small for the largest k.
+
+    """
+    evaluation = run.scenario.evaluation
+    sets = evaluation_sets(frame, run.scenario.columns, where)
+    taken = [item.institution for item in sets if item.institution in run.sizes]
+    if taken:
+        message = f"{where}: {len(taken)} institution(s) took part in the run, '{taken[0]}' among them"
+        raise ConfigError(f"{message}; leave them out, or they would not be unseen")
+    chosen = tuple(sorted(set(ks))) if ks is not None else evaluation.k
+    methods, described = _methods(run, initializations)
+    scores = run_episodes(
+        sets, methods, chosen, draws=draws or evaluation.draws, seed=evaluation.seed, on_progress=on_progress
+    )
+    main = method_names(run)[MAIN]
+    metrics = {
+        "ks": list(chosen),
+        "draws": draws or evaluation.draws,
+        "main_method": main,
+        "methods": described,
+        "summary": summarise(scores),
+        "paired": _paired(scores, main, list(described), chosen),
+        "gain_by_institution": _gains(scores, main, list(described), chosen),
+        "share_harmed": {str(k): share_harmed(scores, main, k) for k in chosen if k > 0 and 0 in chosen},
+    }
+    return Results(scores, metrics, main)
+
+
+def save_results(run: RunFolder, results: Results) -> None:
+    """Write `metrics.json` and `episodes.json` into the run's folder."""
+    write_atomically(run.path / "metrics.json", json.dumps(results.metrics, indent=1).encode())
+    write_atomically(run.path / "episodes.json", json.dumps(results.to_json()["episodes"]).encode())
+
+
+def _methods(run: RunFolder, found: Mapping[str, Params]) -> tuple[list[Method], dict[str, dict[str, Any]]]:
+    names = method_names(run)
+    algorithm = run.plan.inner.algorithm.capitalize() if run.plan.inner.algorithm == "reptile" else "FedAvg"
+    private = run.plan.mechanism.noise_multiplier > 0
+    budget = f", epsilon {run.epsilon:g}" if private else ""
+    titles = {MAIN: f"{algorithm}{budget}", "no-dp": f"{algorithm}, no privacy", "joint": f"Joint training{budget}"}
+    methods: list[Method] = []
+    described: dict[str, dict[str, Any]] = {}
+    for key, params in found.items():
+        methods.append(_initialization(run, names[key], params))
+        described[names[key]] = {"title": titles[key], "kind": "federated", "private": private and key != "no-dp"}
+    if not run.scenario.evaluation.baselines:
+        return methods, described
+    raw, y = _pool(run)
+    others: list[tuple[Method, str, str]] = [
+        (baselines.LocalLogistic(), "Own logistic regression", "local"),
+        (baselines.LocalLogisticBinned(), "Own logistic regression, same inputs", "local"),
+        (baselines.LocalLightGBM(), "Own LightGBM", "local"),
+        (baselines.pooled_logistic(raw, y), "Pooled logistic regression", "pooled"),
+        (baselines.pooled_lightgbm(raw, y), "Pooled LightGBM (oracle)", "pooled"),
+    ]
+    for method, title, kind in others:
+        methods.append(method)
+        described[method.name] = {"title": title, "kind": kind, "private": False}
+    return methods, described
+
+
+def _initialization(run: RunFolder, name: str, params: Params) -> Method:
+    variance = run.scenario.evaluation.prior_variance
+    if run.plan.model.kind == "scorecard":
+        weights = np.asarray(params["points.weight"], np.float64).reshape(-1)
+        return baselines.Initialization(name, weights, tau2=variance)
+    width = Encoder(run.scenario.columns).width
+    model = build(run.plan.model, width, "float64")
+    tensors = to_tensors({key: np.asarray(value, np.float64) for key, value in params.items()})
+    return baselines.ModelInitialization(name, partial(forward, model), tensors, strength=1.0 / variance)
+
+
+def _pool(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
+    schema = run.scenario.columns
+    frames = [read_table(path) for path in data_files(run)]
+    pooled = pl.concat(frames)
+    return baselines.raw_matrix(pooled, schema).values, labels(pooled, schema.label, str(run.path))
+
+
+def _paired(scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Sequence[int]) -> list[dict[str, Any]]:
+    scored = {(score.method, score.k) for score in scores}
+    rows = []
+    for other in methods:
+        for k in ks:
+            if other != main and (other, k) in scored:
+                difference = paired_difference(scores, main, other, k)
+                row = {key: difference[key] for key in ("mean", "ci95", "wins", "losses")}
+                rows.append({"method": main, "baseline": other, "k": k, **row})
+    return rows
+
+
+def _gains(scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Sequence[int]) -> dict[str, Any] | None:
+    positive = [k for k in ks if k > 0]
+    local = [name for name in methods if name.startswith("local-")]
+    if not positive or not local:
+        return None
+    k = min(positive, key=lambda value: abs(value - GAIN_K))
+    mean = {name: np.mean([s.auc for s in scores if s.method == name and s.k == k]) for name in local}
+    strongest = max(local, key=lambda name: float(mean[name]))
+    gains = paired_difference(scores, main, strongest, k)["by_institution"]
+    return {"k": k, "baseline": strongest, "method": main, "gains": gains}

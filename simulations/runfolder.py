@@ -1,0 +1,222 @@
+"""A run's folder: everything that a run was made from and everything that came of it, in one place.
+
+run.json            what was asked for: run id, engine, split, declared sizes, versions
+scenario.json       the scenario as it was
+plan.json           the plan that every bank approved
+banks/001-name/     a bank: institution.toml, data.parquet, approved/, ledger.sqlite
+unseen.parquet      records of the institutions that take no part
+checkpoint/         the server's state; journal.jsonl: a line a round
+initializations.safetensors   meta-parameters by method
+metrics.json, episodes.json, report.html
+"""
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any
+
+import polars as pl
+
+from client.app import FOLDER_KEY
+from client.config import APPROVED_FOLDER, CONFIG_FILE
+from client.ledger import Ledger
+from metarisk_common.config import validate
+from metarisk_common.errors import ConfigError, DataError
+from metarisk_common.plan import Plan, read_plan
+from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
+from server.checkpoint import write_atomically
+from server.journal import read_journal
+from server.rounds import JOURNAL
+
+from .inprocess import Node
+from .scenarios import Scenario, Split, split
+
+PACKAGES = ("metarisk-federated", "flwr", "torch", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a prepared run and what its files say."""
+
+    path: Path
+    scenario: Scenario
+    plan: Plan
+    info: Mapping[str, Any]
+
+    @property
+    def not_private(self) -> bool:
+        """Whether the banks' noise is reproducible, or switched off, so that nothing here protects anyone."""
+        return self.info["seed"] is not None or self.plan.mechanism.noise_multiplier == 0
+
+    @property
+    def epsilon(self) -> float:
+        """Budget of every bank."""
+        return float(self.info["epsilon"])
+
+    @property
+    def bank_folders(self) -> dict[str, Path]:
+        """Each bank's folder by its name, in order of names."""
+        return {name: self.path / "banks" / folder for name, folder in self.info["banks"].items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Declared sizes."""
+        return {name: int(size) for name, size in self.info["declared_sizes"].items()}
+
+    def nodes(self) -> list[Node]:
+        """The banks as nodes of a grid."""
+        return [Node(name, {FOLDER_KEY: str(folder)}) for name, folder in self.bank_folders.items()]
+
+    def spent(self) -> dict[str, dict[str, float]]:
+        """Read from each bank's ledger what it has spent; a bank that was never asked has spent nothing."""
+        found = {}
+        for name, folder in self.bank_folders.items():
+            path = folder / "ledger.sqlite"
+            entry = {"spent": 0.0, "declared_size": self.sizes[name], "entries": 0}
+            if path.exists():
+                with Ledger.read(path) as ledger:
+                    entry |= {"spent": ledger.spent(), "entries": ledger.counter}
+            found[name] = entry
+        return found
+
+    def journal(self) -> list[dict[str, Any]]:
+        """The server's records, one a round."""
+        return read_journal(self.path / JOURNAL)
+
+
+def prepare(
+    path: Path, scenario: Scenario, frame: pl.DataFrame, *, where: str, epsilon: float | None, engine: str
+) -> RunFolder:
+    """Check a table, split it by institution, and lay out a run's folder with a folder for each bank.
+
+    Args:
+        path: the run's folder; it must not hold a run.
+        scenario: the experiment.
+        frame: all records.
+        where: the table's name, for messages.
+        epsilon: budget in place of the scenario's.
+        engine: which engine is to run it.
+
+    Raises:
+        ConfigError: the folder is in use, or the split leaves a side empty.
+        DataError: the table does not fit the schema.
+
+    """
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(f"{path}: the folder is not empty; choose another with --out, or continue it with --resume")
+    check_table(frame, scenario.columns, where)
+    tables = split_by_institution(frame, scenario.columns, where)
+    parts = split(scenario, list(tables))
+    for name, table in tables.items():
+        check_two_classes(labels(table, scenario.columns.label, where), f"{where}: institution '{name}'")
+    budget = scenario.privacy.epsilon if epsilon is None else epsilon
+    plan = scenario.plan(epsilon=budget)
+    _check_delta(scenario, {name: tables[name].height for name in parts.seen})
+    # Laid out beside its place and moved there whole: a folder that exists is complete.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    made.chmod(0o755)
+    try:
+        info = _lay_out(made, scenario, plan, tables, parts, budget, engine)
+        made.replace(path)
+    except BaseException:
+        rmtree(made, ignore_errors=True)
+        raise
+    return RunFolder(path, scenario, plan, info)
+
+
+def _lay_out(
+    path: Path,
+    scenario: Scenario,
+    plan: Plan,
+    tables: Mapping[str, pl.DataFrame],
+    parts: Split,
+    budget: float,
+    engine: str,
+) -> dict[str, Any]:
+    folders = {name: f"{index:03d}-{_slug(name)}" for index, name in enumerate(parts.seen, 1)}
+    for name, folder in folders.items():
+        _write_bank(path / "banks" / folder, name, tables[name], scenario, plan, budget)
+    pl.concat([tables[name] for name in parts.unseen]).write_parquet(path / "unseen.parquet")
+    write_atomically(path / "scenario.json", scenario.model_dump_json(by_alias=True, indent=1).encode())
+    write_atomically(path / "plan.json", plan.to_json().encode())
+    info = {
+        "run_id": uuid.uuid4().hex,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "engine": engine,
+        "seed": scenario.seed,
+        "epsilon": budget,
+        "plan_hash": plan.hash(),
+        "banks": folders,
+        "unseen": list(parts.unseen),
+        "declared_sizes": {name: tables[name].height for name in parts.seen},
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    write_atomically(path / "run.json", json.dumps(info, indent=1).encode())
+    return info
+
+
+def open_run(path: Path) -> RunFolder:
+    """Open a prepared run.
+
+    Raises:
+        ConfigError: the folder holds no run, or one whose preparation was cut short.
+
+    """
+    try:
+        info = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        values = json.loads((path / "scenario.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        message = f"{path}: holds no run that can be opened; name a folder that 'run' or 'demo' has made"
+        raise ConfigError(message) from None
+    scenario = validate(values, Scenario, where=str(path / "scenario.json"))
+    return RunFolder(path, scenario, read_plan(path / "plan.json"), info)
+
+
+def unused_folder(base: Path, name: str) -> Path:
+    """Return `base/name-001`, or the next number that is free."""
+    taken = [int(found.group(1)) for item in base.glob(f"{name}-*") if (found := re.search(r"-(\d{3,})$", item.name))]
+    return base / f"{name}-{max(taken, default=0) + 1:03d}"
+
+
+def _check_delta(scenario: Scenario, sizes: Mapping[str, int]) -> None:
+    largest = max(sizes, key=lambda name: sizes[name])
+    limit = 1 / (10 * sizes[largest])
+    if scenario.privacy.delta > limit:
+        raise ConfigError(
+            f"privacy.delta: {scenario.privacy.delta:g} is too large for '{largest}' with {sizes[largest]} records; "
+            f"it may be at most 1 / (10 * records) = {limit:.2g}"
+        )
+
+
+def _write_bank(folder: Path, name: str, table: pl.DataFrame, scenario: Scenario, plan: Plan, budget: float) -> None:
+    if len(name) > 200:  # noqa: PLR2004 - what a message's field may hold
+        raise DataError("an institution's name has more than 200 characters; shorten it")
+    approved = folder / APPROVED_FOLDER
+    approved.mkdir(parents=True)
+    table.write_parquet(folder / "data.parquet")
+    (approved / f"{plan.hash()}.json").write_text(plan.to_json(), encoding="utf-8")
+    lines = [
+        f"name = {json.dumps(name)}",
+        'data = "data.parquet"',
+        f"declared_size = {table.height}",
+        "",
+        "[policy]",
+        f"epsilon = {'inf' if math.isinf(budget) else repr(float(budget))}",
+        f"delta = {scenario.privacy.delta!r}",
+    ]
+    if scenario.seed is not None:
+        lines += ["", "[simulation]   # reproducible noise: NOT PRIVATE", f"seed = {scenario.seed}"]
+    (folder / CONFIG_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "bank"
