@@ -1,6 +1,7 @@
 """`metarisk-client`: what a bank asks of its own folder. Everything shown here stays at the bank."""
 
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -72,7 +73,8 @@ def show(folder: Folder, as_json: AsJson = False) -> None:  # noqa: FBT002 - a f
         spent, budget, entries = ledger.spent(), ledger.budget, ledger.entries()
         if as_json:
             answer = {
-                "source": ledger.source, "spent": spent, "epsilon": budget.epsilon, "delta": budget.delta,
+                "source": ledger.source, "spent": _bounded(spent), "epsilon": _bounded(budget.epsilon),
+                "delta": budget.delta,
                 "head": ledger.head, "entries": [vars(entry) for entry in entries],
             }  # fmt: skip
             typer.echo(json.dumps(answer))
@@ -97,6 +99,11 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:  # noqa: FBT002 - a
         answer = {"source": ledger.source, "entries": ledger.counter, "head": ledger.head}
     text = f"{answer['source']}: {answer['entries']} entries, chain intact, head {answer['head']}"
     typer.echo(json.dumps(answer) if as_json else text)
+
+
+def _bounded(value: float) -> float | None:
+    # JSON has no infinity: null says that there is no bound.
+    return value if math.isfinite(value) else None
 
 
 def _ledger_path(folder: Path) -> Path:

@@ -30,8 +30,10 @@ def run_app(app: typer.Typer) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        # Typer makes this code of a Ctrl-C inside a command, and says nothing.
         _say("interrupted")
-        sys.exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

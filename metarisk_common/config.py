@@ -13,7 +13,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Frozen(BaseModel):
-    """A value: immutable, no unknown keys, and no error repeats what was given."""
+    """A value: immutable, no unknown keys, and no error of validation repeats what was given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 

@@ -127,9 +127,10 @@ def run_episodes(
     _unique("institution", [dataset.institution for dataset in datasets])
     _unique("method", [method.name for method in methods])
     _unique("k", list(ks))
-    positive = [k for k in ks if k > 0]
-    if min(ks) < 0 or not positive or draws < 1:
-        raise ValueError("ks must be 0 or more with one above 0, and draws at least 1")
+    if min(ks) < 0 or draws < 1:
+        raise ValueError("ks must be 0 or more, and draws at least 1")
+    # Without labels to learn from, the records to judge are drawn as for the smallest number of them.
+    positive = [k for k in ks if k > 0] or [2]
     scores: list[EpisodeScore] = []
     for index, dataset in enumerate(datasets):
         for draw in range(draws):

@@ -5,7 +5,9 @@
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Before the first import of Flower: it reads these once.
@@ -81,18 +83,34 @@ def run_on_ray(
     from flwr.simulation.run_simulation import _run_simulation  # noqa: PLC0415
     from flwr.supercore.telemetry import EventType  # noqa: PLC0415
 
-    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
-    _run_simulation(
-        num_supernodes=nodes,
-        client_app=client_app,
-        server_app=server_app,
-        server_app_context=context,
-        backend_config={
-            "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-        exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
-    )
+    with _own_home():
+        context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
+        _run_simulation(
+            num_supernodes=nodes,
+            client_app=client_app,
+            server_app=server_app,
+            server_app_context=context,
+            backend_config={
+                "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+            exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+        )
+
+
+@contextmanager
+def _own_home() -> Iterator[None]:
+    """Give Flower a home of its own: it writes there even with telemetry off, and a person's home is not its place."""
+    before = os.environ.get("FLWR_HOME")
+    with TemporaryDirectory(prefix="metarisk-flower-", ignore_cleanup_errors=True) as home:
+        os.environ["FLWR_HOME"] = home
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["FLWR_HOME"]
+            else:
+                os.environ["FLWR_HOME"] = before
 
 
 def node_names(grid: Grid) -> dict[int, str]:

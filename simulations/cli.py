@@ -1,10 +1,12 @@
 """`metarisk-simulate`: federations on this machine, from a scenario file to a report."""
 
 import json
+import math
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -89,6 +91,7 @@ def evaluate(
     """Judge a finished run on lenders that took no part in it."""
     from client.dataset import read_table  # noqa: PLC0415 - see `_run`
 
+    _check_extra("lightgbm", "sim")
     from . import experiment, results, runfolder  # noqa: PLC0415
     from .console import results_table  # noqa: PLC0415
     from .findings import Metrics  # noqa: PLC0415, TC001
@@ -103,7 +106,7 @@ def evaluate(
             where=str(path), ks=ks, draws=draws, on_progress=advance,
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(_json(found.to_json()))
     else:
         Console().print(results_table(cast("Metrics", found.metrics), found.main_method))
 
@@ -121,7 +124,7 @@ def list_runs(as_json: AsJson = False) -> None:  # noqa: FBT002 - a flag
         rounds = experiment.rounds_done(folder)
         runs.append({"run": str(path.parent), "round": rounds, "rounds": folder.plan.outer.rounds})
     if as_json:
-        typer.echo(json.dumps({"scenarios": scenarios, "runs": runs}))
+        typer.echo(_json({"scenarios": scenarios, "runs": runs}))
         return
     for name, title in scenarios.items():
         typer.echo(f"{name:12} {title}")
@@ -136,7 +139,7 @@ def bench(as_json: AsJson = False) -> None:  # noqa: FBT002 - a flag
 
     figures = measure()
     if as_json:
-        typer.echo(json.dumps(figures))
+        typer.echo(_json(figures))
     else:
         Console().print(table(figures))
 
@@ -157,11 +160,14 @@ def _run(
     system_noise: bool,  # noqa: FBT001 - as given
     as_json: bool,  # noqa: FBT001 - as given
 ) -> None:
+    _check_extra("lightgbm", "sim")
     # Imported here, so that --help and a mistake in a flag need not wait for Torch.
     from .pipeline import Request, execute  # noqa: PLC0415
 
     if engine not in ("inprocess", "ray"):
         raise ConfigError(f"--engine {engine}: choose inprocess or ray")
+    if engine == "ray":
+        _check_extra("ray", "ray")
     if epsilon is not None and not epsilon > 0:
         raise ConfigError("--epsilon: must be above 0; inf switches the noise off")
     if seed is not None and system_noise:
@@ -173,11 +179,32 @@ def _run(
     )  # fmt: skip
     answer = execute(request)
     if as_json:
-        typer.echo(json.dumps(answer))
+        typer.echo(_json(answer))
 
 
 def _workers(asked: int | None) -> int:
-    return len(os.sched_getaffinity(0)) if asked is None else asked
+    if asked is not None:
+        return asked
+    # Not on every system can a process tell which of the cores it may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _json(value: object) -> str:
+    """Write JSON; a figure without bound, such as an epsilon without noise, is null, for JSON has no infinity."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - plain values, of any depth
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_extra(module: str, extra: str) -> None:
+    if find_spec(module) is None:
+        raise ConfigError(f"this needs {module}, which is not installed: pip install 'metarisk-federated[{extra}]'")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -12,7 +12,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from .findings import ABSENT, Estimate, Metrics, Privacy, estimate, fixed, interval, ordered_methods, power, spent
+from .findings import (
+    ABSENT,
+    Estimate,
+    Metrics,
+    Privacy,
+    estimate,
+    fixed,
+    gains_of,
+    interval,
+    ordered_methods,
+    power,
+    signed,
+    spent,
+)
 
 NAME_CELLS = 26
 """Terminal cells that a lender's name may take in the list of ledgers, as long as cut names still differ."""
@@ -39,6 +52,28 @@ def results_table(metrics: Metrics, main_method: str) -> Table:
         last = following is None or name == main_method or following[1]["kind"] != method["kind"]
         style = "bold" if name == main_method else ""
         table.add_row(Text(method["title"]), *cells, style=style, end_section=last)
+    return table
+
+
+def differences_table(metrics: Metrics, main_method: str) -> Table | None:
+    """Return the main method less each other one in AUC, on the same lenders and draws, at the k where gains are shown.
+
+    These are what decides: their intervals are far narrower than those of the means. None where nothing was compared.
+    """
+    k = gains_of(metrics, main_method)["k"]
+    rows = [pair for pair in metrics["paired"] if pair["k"] == k and pair["method"] == main_method]
+    if not rows:
+        return None
+    main = metrics["methods"][main_method]["title"]
+    title = f"AUC of {main} with {k} labels, less that of each other method (paired)"
+    table = Table(title=title, title_justify="left", title_style="", pad_edge=False, box=box.SIMPLE_HEAD)
+    table.add_column("less", max_width=38)
+    for heading in ("difference", "95% interval", "wins", "losses"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    order = [name for name, _ in ordered_methods(metrics, main_method)]
+    for pair in sorted(rows, key=lambda pair: order.index(pair["baseline"])):
+        title = metrics["methods"][pair["baseline"]]["title"]
+        table.add_row(Text(title), signed(pair["mean"]), interval(pair["ci95"]), str(pair["wins"]), str(pair["losses"]))
     return table
 
 

@@ -2,23 +2,23 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from client.app import close_banks
 from client.dataset import load_dataset
 from client.ledger import Ledger
 from client.training import tasks_for
-from metarisk_common.errors import ConfigError, MetariskError
+from metarisk_common.errors import ConfigError, IntegrityError, MetariskError
 from metarisk_common.features import Encoder
 from metarisk_common.params import Params
 from metarisk_common.plan import Plan
-from metarisk_common.privacy import epsilon
+from metarisk_common.privacy import PrivacyEvent, epsilon
 from server.app import RUN_FOLDER_KEY
 from server.app import app as server_app
 from server.checkpoint import load_checkpoint, write_atomically
@@ -109,6 +109,7 @@ def initializations(
 
     Raises:
         ConfigError: the run has not finished.
+        IntegrityError: the file of the rivals is damaged.
 
     """
     found: dict[str, Params] = {MAIN: meta_params(run)}
@@ -132,7 +133,11 @@ def initializations(
                     on_step(done, len(plans))
         arrays = {f"{rival}/{name}": value for rival, params in trained.items() for name, value in params.items()}
         write_atomically(path, save(arrays))
-    for key, value in load_file(path).items():
+    try:
+        kept = load_file(path)
+    except SafetensorError:
+        raise IntegrityError(f"{path}: is damaged; remove it, and it is made again") from None
+    for key, value in kept.items():
         rival, _, name = key.partition("/")
         found.setdefault(rival, {})[name] = value
     return found
@@ -173,29 +178,28 @@ def _watched(run: RunFolder, on_progress: OnProgress | None) -> Iterator[None]:
 
 def _follow(run: RunFolder, on_progress: OnProgress, stop: threading.Event) -> None:
     seen = -1
-    while True:
-        last = stop.wait(_WATCH_SECONDS)
-        records = read_journal(run.path / JOURNAL)
-        if len(records) != seen:
-            seen = len(records)
-            norm = records[-1]["mean_update_norm"] if records else None
-            done = records[-1]["round"] if records else 0
-            on_progress(Progress(done, run.plan.outer.rounds, norm, _furthest(run)))
-        if last:
-            return
+    with ExitStack() as stack:
+        ledgers: dict[Path, Ledger] = {}
+        while True:
+            last = stop.wait(_WATCH_SECONDS)
+            records = read_journal(run.path / JOURNAL)
+            if len(records) != seen:
+                seen = len(records)
+                norm = records[-1]["mean_update_norm"] if records else None
+                done = records[-1]["round"] if records else 0
+                for path in (folder / "ledger.sqlite" for folder in run.bank_folders.values()):
+                    if path not in ledgers and path.exists():
+                        # It stays open: a ledger that is open reads only what is new.
+                        ledgers[path] = stack.enter_context(Ledger.read(path))
+                on_progress(Progress(done, run.plan.outer.rounds, norm, _furthest(run, ledgers)))
+            if last:
+                return
 
 
-def _furthest(run: RunFolder) -> float:
-    """Epsilon spent by the bank with the most entries: all have the same plan, so one ledger tells."""
-    furthest: list[Any] = []
-    for folder in run.bank_folders.values():
-        path = folder / "ledger.sqlite"
-        if path.exists():
-            with Ledger.read(path) as ledger:
-                events = ledger.events()
-                if len(events) > len(furthest):
-                    furthest = events
-    return epsilon(furthest, run.plan.mechanism.delta)
+def _furthest(run: RunFolder, ledgers: Mapping[Path, Ledger]) -> float:
+    """Epsilon spent by the bank with the most entries: all have the same plan, so that ledger's is the largest."""
+    events: list[PrivacyEvent] = max((ledger.events() for ledger in ledgers.values()), key=len, default=[])
+    return epsilon(events, run.plan.mechanism.delta)
 
 
 def data_files(run: RunFolder) -> list[Path]:

@@ -1,5 +1,7 @@
 """`run` and `demo` from end to end: prepare, train, compare, evaluate, report. Every stage can be taken up again."""
 
+import re
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from metarisk_common.commands import progress_bar
 from metarisk_common.errors import ConfigError
 
 from . import experiment, results, runfolder
-from .console import RoundProgress, privacy_lines, results_table
+from .console import RoundProgress, differences_table, privacy_lines, results_table
 from .findings import Account, Metrics, Privacy, Round
 from .report import ReportData, write_report
 from .runfolder import RunFolder
@@ -43,28 +45,31 @@ def execute(request: Request) -> dict[str, Any]:
     out = Console(quiet=request.quiet)
     started = time.monotonic()
     run = _open(request)
-    out.print(
+    _print(
+        out,
         f"{run.scenario.title or run.scenario.name}: {len(run.bank_folders)} institutions learn together, "
-        f"{len(run.info['unseen'])} take no part. Run folder: {run.path}"
+        f"{len(run.info['unseen'])} take no part. Run folder: {run.path}",
     )
     try:
-        _train(run, request)
-        with progress_bar("rivals", quiet=request.quiet) as advance:
-            found = experiment.initializations(run, workers=request.workers, on_step=advance)
+        measured = _play(run, request)
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"Stopped. Go on with: metarisk-simulate run --resume --out {run.path}")
+        folder = shlex.quote(str(run.path))
+        _print(Console(stderr=True), f"Stopped. Go on with: metarisk-simulate run --resume --out {folder}")
         raise
-    unseen = run.path / "unseen.parquet"
-    with progress_bar("evaluating", quiet=request.quiet) as advance:
-        measured = results.measure(run, found, read_table(unseen), where=str(unseen), on_progress=advance)
-    results.save_results(run, measured)
     privacy = privacy_of(run)
     write_report(run.path / "report.html", report_data(run, measured, privacy, request.command))
-    out.print(results_table(cast("Metrics", measured.metrics), measured.main_method))
+    shown = cast("Metrics", measured.metrics)
+    out.print(results_table(shown, measured.main_method))
+    differences = differences_table(shown, measured.main_method)
+    if differences is not None:
+        out.print(differences)
     out.print(privacy_lines(privacy))
+    short = sum(not record["quorum"] for record in run.journal())
+    if short:
+        _print(out, f"{short} round(s) had too few reports to learn from; see: metarisk-server status {run.path}")
     if run.not_private:
-        out.print(stamp(run))
-    out.print(f"Report: {run.path / 'report.html'}   ({time.monotonic() - started:.0f} seconds)")
+        _print(out, stamp(run))
+    _print(out, f"Report: {run.path / 'report.html'}   ({time.monotonic() - started:.0f} seconds)")
     return {
         "run": str(run.path),
         "not_private": run.not_private,
@@ -72,6 +77,22 @@ def execute(request: Request) -> dict[str, Any]:
         "paired": measured.metrics["paired"],
         "privacy": privacy,
     }
+
+
+def _play(run: RunFolder, request: Request) -> results.Results:
+    _train(run, request)
+    with progress_bar("rivals", quiet=request.quiet) as advance:
+        found = experiment.initializations(run, workers=request.workers, on_step=advance)
+    unseen = run.path / "unseen.parquet"
+    with progress_bar("evaluating", quiet=request.quiet) as advance:
+        measured = results.measure(run, found, read_table(unseen), where=str(unseen), on_progress=advance)
+    results.save_results(run, measured)
+    return measured
+
+
+def _print(console: Console, text: str) -> None:
+    # A path or a title is no markup, and a line that is to be copied is not to be broken.
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def stamp(run: RunFolder) -> str:
@@ -125,6 +146,15 @@ def _open(request: Request) -> RunFolder:
 
 def _resumed(path: Path, request: Request) -> RunFolder:
     run = runfolder.open_run(path)
+    asked = (
+        ("--epsilon", request.epsilon not in (None, run.epsilon)),
+        ("--seed", request.seed not in (None, run.info["seed"])),
+        ("--system-noise", request.system_noise and run.info["seed"] is not None),
+        ("--engine", request.engine not in ("inprocess", run.info["engine"])),
+    )
+    for flag, differs in asked:
+        if differs:
+            raise ConfigError(f"{path}: was made with another {flag}; resume it without that flag")
     if request.scenario is not None and _scenario(request, request.scenario) != run.scenario:
         message = f"{path}: was made from another scenario than {request.scenario}; resume it without naming one"
         raise ConfigError(message)
@@ -135,7 +165,13 @@ def _newest(request: Request) -> Path | None:
     if request.scenario is None:
         return None
     name = load_scenario(request.scenario).name
-    return max(request.runs.glob(f"{name}-*"), default=None)
+    # Only NAME-001 and the like: another scenario's name may begin with this one's.
+    runs = {int(found[1]): item for item in request.runs.glob(f"{name}-*") if (found := _numbered(name, item))}
+    return runs[max(runs)] if runs else None
+
+
+def _numbered(name: str, item: Path) -> re.Match[str] | None:
+    return re.fullmatch(rf"{name}-(\d{{3,}})", item.name)
 
 
 def _scenario(request: Request, path: Path) -> Scenario:

@@ -23,6 +23,7 @@ from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from client.app import FOLDER_KEY
@@ -32,6 +33,7 @@ from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.plan import Plan, read_plan
 from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
+from metarisk_common.tasks import few_shot_draw
 from server.checkpoint import write_atomically
 from server.journal import read_journal
 from server.rounds import JOURNAL
@@ -39,6 +41,7 @@ from server.rounds import JOURNAL
 from .inprocess import Node
 from .scenarios import Scenario, Split, split
 
+_INFO = {"run_id", "created", "engine", "seed", "epsilon", "banks", "unseen", "declared_sizes", "versions"}
 PACKAGES = ("metarisk-federated", "flwr", "torch", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
 
 
@@ -58,8 +61,8 @@ class RunFolder:
 
     @property
     def epsilon(self) -> float:
-        """Budget of every bank."""
-        return float(self.info["epsilon"])
+        """Budget of every bank; may be infinite."""
+        return math.inf if self.info["epsilon"] is None else float(self.info["epsilon"])
 
     @property
     def bank_folders(self) -> dict[str, Path]:
@@ -106,30 +109,33 @@ def prepare(
         engine: which engine is to run it.
 
     Raises:
-        ConfigError: the folder is in use, or the split leaves a side empty.
-        DataError: the table does not fit the schema.
+        ConfigError: the folder is in use or cannot be written, the split leaves a side empty, or the plan's limits
+            would keep institutions out.
+        DataError: the table does not fit the schema, or an institution is too small to be judged.
 
     """
-    if path.exists() and any(path.iterdir()):
-        raise ConfigError(f"{path}: the folder is not empty; choose another with --out, or continue it with --resume")
+    _check_place(path)
     check_table(frame, scenario.columns, where)
     tables = split_by_institution(frame, scenario.columns, where)
     parts = split(scenario, list(tables))
     for name, table in tables.items():
-        check_two_classes(labels(table, scenario.columns.label, where), f"{where}: institution '{name}'")
+        _check_institution(scenario, name, labels(table, scenario.columns.label, where), name in parts.unseen, where)
     budget = scenario.privacy.epsilon if epsilon is None else epsilon
     plan = scenario.plan(epsilon=budget)
-    _check_delta(scenario, {name: tables[name].height for name in parts.seen})
-    # Laid out beside its place and moved there whole: a folder that exists is complete.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    made.chmod(0o755)
+    _check_limits(scenario, {name: tables[name].height for name in parts.seen})
     try:
-        info = _lay_out(made, scenario, plan, tables, parts, budget, engine)
-        made.replace(path)
-    except BaseException:
-        rmtree(made, ignore_errors=True)
-        raise
+        # Laid out beside its place and moved there whole: a folder that exists is complete.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            made.chmod(0o755)
+            info = _lay_out(made, scenario, plan, tables, parts, budget, engine)
+            made.replace(path)
+        except BaseException:
+            rmtree(made, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise ConfigError(f"{path}: a run cannot be laid out here: {error.strerror}") from None
     return RunFolder(path, scenario, plan, info)
 
 
@@ -153,7 +159,7 @@ def _lay_out(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "engine": engine,
         "seed": scenario.seed,
-        "epsilon": budget,
+        "epsilon": budget if math.isfinite(budget) else None,
         "plan_hash": plan.hash(),
         "banks": folders,
         "unseen": list(parts.unseen),
@@ -168,15 +174,17 @@ def open_run(path: Path) -> RunFolder:
     """Open a prepared run.
 
     Raises:
-        ConfigError: the folder holds no run, or one whose preparation was cut short.
+        ConfigError: the folder holds no run, or its description is damaged.
 
     """
+    values: object = None
     try:
         info = json.loads((path / "run.json").read_text(encoding="utf-8"))
         values = json.loads((path / "scenario.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        message = f"{path}: holds no run that can be opened; name a folder that 'run' or 'demo' has made"
-        raise ConfigError(message) from None
+        info = {}
+    if not isinstance(info, dict) or not info.keys() >= _INFO:
+        raise ConfigError(f"{path}: holds no run that can be opened; name a folder that 'run' or 'demo' has made")
     scenario = validate(values, Scenario, where=str(path / "scenario.json"))
     return RunFolder(path, scenario, read_plan(path / "plan.json"), info)
 
@@ -187,8 +195,33 @@ def unused_folder(base: Path, name: str) -> Path:
     return base / f"{name}-{max(taken, default=0) + 1:03d}"
 
 
-def _check_delta(scenario: Scenario, sizes: Mapping[str, int]) -> None:
+def _check_place(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"{path}: the folder is not empty; choose another with --out, or continue it with --resume")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; name a folder that does not exist yet with --out")
+
+
+def _check_institution(scenario: Scenario, name: str, y: np.ndarray, unseen: bool, where: str) -> None:  # noqa: FBT001
+    """Raise for what would only come to light after training, at the end of a long run."""
+    institution = f"{where}: institution '{name}'"
+    check_two_classes(y, institution)
+    positive = [k for k in scenario.evaluation.k if k > 0]
+    if unseen and positive:
+        few_shot_draw(y, k_min=positive[0], k_max=positive[-1], seed_parts=(), where=institution)
+    if len(name) > 200:  # noqa: PLR2004 - what a message's field may hold
+        raise DataError(f"{where}: an institution's name has {len(name)} characters; shorten it to 200")
+
+
+def _check_limits(scenario: Scenario, sizes: Mapping[str, int]) -> None:
     largest = max(sizes, key=lambda name: sizes[name])
+    outer = scenario.server
+    if sizes[largest] > outer.max_declared_size:
+        raise ConfigError(
+            f"server.max_declared_size: {outer.max_declared_size} keeps out '{largest}' with {sizes[largest]} records"
+        )
+    if len(sizes) < outer.min_reports:
+        raise ConfigError(f"server.min_reports: {outer.min_reports} can never come from {len(sizes)} institutions")
     limit = 1 / (10 * sizes[largest])
     if scenario.privacy.delta > limit:
         raise ConfigError(
@@ -198,14 +231,12 @@ def _check_delta(scenario: Scenario, sizes: Mapping[str, int]) -> None:
 
 
 def _write_bank(folder: Path, name: str, table: pl.DataFrame, scenario: Scenario, plan: Plan, budget: float) -> None:
-    if len(name) > 200:  # noqa: PLR2004 - what a message's field may hold
-        raise DataError("an institution's name has more than 200 characters; shorten it")
     approved = folder / APPROVED_FOLDER
     approved.mkdir(parents=True)
     table.write_parquet(folder / "data.parquet")
     (approved / f"{plan.hash()}.json").write_text(plan.to_json(), encoding="utf-8")
     lines = [
-        f"name = {json.dumps(name)}",
+        f"name = {_toml_text(name)}",
         'data = "data.parquet"',
         f"declared_size = {table.height}",
         "",
@@ -216,6 +247,11 @@ def _write_bank(folder: Path, name: str, table: pl.DataFrame, scenario: Scenario
     if scenario.seed is not None:
         lines += ["", "[simulation]   # reproducible noise: NOT PRIVATE", f"seed = {scenario.seed}"]
     (folder / CONFIG_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _toml_text(text: str) -> str:
+    # JSON's escapes are TOML's, but for those of characters beyond 16 bits, which TOML wants as they are.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _slug(name: str) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from simulations.console import NAME_CELLS, RoundProgress, privacy_lines, results_table
+from simulations.console import NAME_CELLS, RoundProgress, differences_table, privacy_lines, results_table
 
 
 def shown(value: Any, width: int = 100) -> str:
@@ -78,6 +78,21 @@ def test_table_fits_a_terminal() -> None:
         text = shown(results_table(metrics(), "dp-reptile"), width)
         assert max(map(len, text.splitlines())) <= width
         assert "\u2026" not in text
+
+
+def test_differences_are_those_of_the_k_that_gains_are_shown_at() -> None:
+    values: Any = metrics()
+    names = list(values["methods"])
+    main, other = names[0], names[1]
+    pair = {"method": main, "baseline": other, "mean": -0.0123, "ci95": [-0.02, -0.004], "wins": 3, "losses": 17}
+    values["paired"] = [{**pair, "k": 50}, {**pair, "k": 20, "mean": 0.5}]
+    values["gain_by_institution"] = {"k": 50, "baseline": other, "method": main, "gains": {}}
+    text = shown(differences_table(values, main))
+    assert values["methods"][other]["title"] in text
+    assert "\u22120.012" in text
+    assert "\u22120.020 to \u22120.004" in text
+    assert "0.500" not in text
+    assert differences_table({**values, "paired": []}, main) is None
 
 
 def test_every_lender_is_named_with_its_own_epsilon() -> None:
