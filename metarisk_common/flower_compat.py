@@ -7,7 +7,7 @@ import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
+from pathlib import Path
 from typing import Any
 
 # Before the first import of Flower: it reads these once.
@@ -67,10 +67,11 @@ def node_infos(names: Iterable[tuple[int, str]]) -> list[NodeInfo]:
 
 
 def run_on_ray(
-    server_app: ServerApp, client_app: ClientApp, *, nodes: int, run_config: dict[str, Any], workers: int
+    server_app: ServerApp, client_app: ClientApp, *, nodes: int, run_config: dict[str, Any], workers: int, home: Path
 ) -> None:
     """Run two apps on Flower's own simulation engine; it blocks until the server app has ended.
 
+    `home` is the folder that Flower writes to, its workers even for a while after the end.
     `flwr.simulation.run_simulation` does the same without letting the caller set the run's configuration.
 
     Raises:
@@ -83,7 +84,7 @@ def run_on_ray(
     from flwr.simulation.run_simulation import _run_simulation  # noqa: PLC0415
     from flwr.supercore.telemetry import EventType  # noqa: PLC0415
 
-    with _own_home():
+    with _own_home(home):
         context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
         _run_simulation(
             num_supernodes=nodes,
@@ -99,18 +100,17 @@ def run_on_ray(
 
 
 @contextmanager
-def _own_home() -> Iterator[None]:
+def _own_home(home: Path) -> Iterator[None]:
     """Give Flower a home of its own: it writes there even with telemetry off, and a person's home is not its place."""
     before = os.environ.get("FLWR_HOME")
-    with TemporaryDirectory(prefix="metarisk-flower-", ignore_cleanup_errors=True) as home:
-        os.environ["FLWR_HOME"] = home
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["FLWR_HOME"]
-            else:
-                os.environ["FLWR_HOME"] = before
+    os.environ["FLWR_HOME"] = str(home)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FLWR_HOME"]
+        else:
+            os.environ["FLWR_HOME"] = before
 
 
 def node_names(grid: Grid) -> dict[int, str]:

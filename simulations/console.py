@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .findings import (
     ABSENT,
+    PAIRED_DIGITS,
     Estimate,
     Metrics,
     Privacy,
@@ -65,15 +66,21 @@ def differences_table(metrics: Metrics, main_method: str) -> Table | None:
     if not rows:
         return None
     main = metrics["methods"][main_method]["title"]
-    title = f"AUC of {main} with {k} labels, less that of each other method (paired)"
+    title = f"AUC with {k} labels: {main} less each other method, paired"
     table = Table(title=title, title_justify="left", title_style="", pad_edge=False, box=box.SIMPLE_HEAD)
-    table.add_column("less", max_width=38)
+    table.add_column("less", max_width=34)
     for heading in ("difference", "95% interval", "wins", "losses"):
         table.add_column(heading, justify="right", no_wrap=True)
     order = [name for name, _ in ordered_methods(metrics, main_method)]
     for pair in sorted(rows, key=lambda pair: order.index(pair["baseline"])):
         title = metrics["methods"][pair["baseline"]]["title"]
-        table.add_row(Text(title), signed(pair["mean"]), interval(pair["ci95"]), str(pair["wins"]), str(pair["losses"]))
+        table.add_row(
+            Text(title),
+            signed(pair["mean"], PAIRED_DIGITS),
+            interval(pair["ci95"], PAIRED_DIGITS),
+            str(pair["wins"]),
+            str(pair["losses"]),
+        )
     return table
 
 

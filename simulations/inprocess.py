@@ -16,6 +16,7 @@ from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
@@ -70,6 +71,7 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message | Future[bytes]] = {}
         self._run = Run.create_empty(RUN_ID)
         self._pools: list[ProcessPoolExecutor] = []
+        self._others = set(multiprocessing.active_children())
         if workers:
             if not isinstance(client_app, str):
                 raise ValueError("with workers, client_app must be given as 'package.module:name'")
@@ -82,7 +84,9 @@ class InProcessGrid(Grid):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the workers; orders not yet begun are dropped."""
+        """End the workers: in good order, or at once if the block failed, which no bank's ledger minds."""
+        if kind is not None:
+            _end_children_since(self._others)
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -202,8 +206,7 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         with lost_worker_told():
             yield pool
     except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
+        _end_children_since(others)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -216,6 +219,11 @@ def lost_worker_told() -> Iterator[None]:
         yield
     except BrokenProcessPool:
         raise MetariskError("a worker process has died; what is finished is kept: go on with --resume") from None
+
+
+def _end_children_since(others: set[BaseProcess]) -> None:
+    for process in set(multiprocessing.active_children()) - others:
+        process.terminate()
 
 
 def _started_pool(processes: int, prepare: Callable[..., None], *arguments: str) -> ProcessPoolExecutor:

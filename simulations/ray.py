@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
@@ -13,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from metarisk_common.errors import ConfigError, MetariskError
 from metarisk_common.flower_compat import run_on_ray
+from server.app import RUN_FOLDER_KEY
 
 from .inprocess import Node, load_app
 
@@ -57,7 +59,8 @@ def run_apps_on_ray(
             server_app(_stoppable(grid, stopped), context)
 
         try:
-            run_on_ray(waiting, front, nodes=len(nodes), run_config=run_config, workers=max(1, workers))
+            home = Path(str(run_config[RUN_FOLDER_KEY])) / "flower"
+            run_on_ray(waiting, front, nodes=len(nodes), run_config=run_config, workers=max(1, workers), home=home)
         except ImportError:
             message = "--engine ray needs the extra: pip install 'metarisk-federated[ray]'"
             raise ConfigError(message) from None

@@ -89,10 +89,11 @@ def test_differences_are_those_of_the_k_that_gains_are_shown_at() -> None:
     values["gain_by_institution"] = {"k": 50, "baseline": other, "method": main, "gains": {}}
     text = shown(differences_table(values, main))
     assert values["methods"][other]["title"] in text
-    assert "\u22120.012" in text
-    assert "\u22120.020 to \u22120.004" in text
-    assert "0.500" not in text
-    assert differences_table({**values, "paired": []}, main) is None
+    assert "\u22120.0123" in text
+    assert "\u22120.0200 to \u22120.0040" in text
+    assert "0.5000" not in text
+    values["paired"] = []
+    assert differences_table(values, main) is None
 
 
 def test_every_lender_is_named_with_its_own_epsilon() -> None:
