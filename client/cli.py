@@ -15,7 +15,7 @@ from metarisk_common.errors import ConfigError
 from metarisk_common.plan import read_plan
 from metarisk_common.table import check_two_classes
 
-from .config import load_institution
+from .config import CONFIG_FILE, load_institution
 from .dataset import load_dataset
 from .ledger import Ledger
 
@@ -67,19 +67,21 @@ def check(
 
 @ledger_app.command(epilog="Example: metarisk-client ledger show runs/sba-loans-001/banks/001-1st-source-bank")
 def show(folder: Folder, as_json: AsJson = False) -> None:  # noqa: FBT002 - a flag
-    """Show what the ledger has recorded, what is spent of the budget, and what is left."""
-    with Ledger.read(_ledger_path(folder)) as ledger:
+    """Show what the ledger has recorded, and how much of the budget is spent."""
+    path = _ledger_path(folder)
+    stamp = "\nNOT PRIVATE: this bank's noise is seeded" if _is_seeded(path.parent) else ""
+    with Ledger.read(path) as ledger:
         ledger.verify()
         spent, budget, entries = ledger.spent(), ledger.budget, ledger.entries()
         if as_json:
             answer = {
                 "source": ledger.source, "spent": _bounded(spent), "epsilon": _bounded(budget.epsilon),
-                "delta": budget.delta,
+                "delta": budget.delta, "not_private": bool(stamp),
                 "head": ledger.head, "entries": [vars(entry) for entry in entries],
             }  # fmt: skip
             typer.echo(json.dumps(answer))
             return
-        title = f"{ledger.source}: epsilon {spent:.4f} spent of {budget.epsilon:g} (delta {budget.delta:g})"
+        title = f"{ledger.source}: epsilon {spent:.4f} spent of {budget.epsilon:g} (delta {budget.delta:g}){stamp}"
     table = Table(title=title, title_justify="left")
     for heading in ("entry", "time (UTC)", "kind", "round", "noise", "rate", "steps"):
         table.add_column(heading, justify="right")
@@ -104,6 +106,11 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:  # noqa: FBT002 - a
 def _bounded(value: float) -> float | None:
     # JSON has no infinity: null says that there is no bound.
     return value if math.isfinite(value) else None
+
+
+def _is_seeded(folder: Path) -> bool:
+    # A ledger may also be looked at by itself, without the bank's folder around it.
+    return (folder / CONFIG_FILE).exists() and load_institution(folder).config.simulation is not None
 
 
 def _ledger_path(folder: Path) -> Path:

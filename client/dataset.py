@@ -1,5 +1,6 @@
 """A bank's own table, read, checked and encoded. Nothing here leaves the bank, counts and errors included."""
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def read_table(path: Path) -> pl.DataFrame:
         raise DataError(f"{path}: there is no such file; check the path, and that the table was exported")
     try:
         if suffix == ".csv":
+            _check_csv(path)
             return pl.read_csv(path, infer_schema=False)
         return pl.read_parquet(path, glob=False)
     except NoDataError:
@@ -64,6 +66,26 @@ def read_table(path: Path) -> pl.DataFrame:
             else f"{path}: can't be read as Parquet; it may be cut short or of another format: export the table again"
         )
     raise DataError(message) from None
+
+
+def _check_csv(path: Path) -> None:
+    """Raise where a row has fewer or more cells than the header: Polars would fill up a row that was cut short."""
+    number = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = csv.reader(stream)
+            width = len(next(rows, []))
+            for row in rows:
+                number = rows.line_num
+                if row and len(row) != width:
+                    raise DataError(
+                        f"{path}: line {number} has {len(row)} cells and the header has {width}; "
+                        "the file may have been cut short, or a cell with a comma lacks its quotes"
+                    )
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text (near line {number}); save or export it as UTF-8") from None
+    except csv.Error:
+        raise DataError(f"{path}: can't be read as CSV (near line {number}); export the table again") from None
 
 
 def load_dataset(path: Path, schema: Schema, institution: str) -> Dataset:

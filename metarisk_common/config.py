@@ -122,7 +122,9 @@ def _suggest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
         for field in current.model_fields.values():
             pending.extend(_models_in(field.annotation))
     close = difflib.get_close_matches(str(location[-1]), sorted(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    if not close:
+        return ""
+    return "; it belongs in another section" if close[0] == location[-1] else f"; did you mean '{close[0]}'?"
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type expression of any kind

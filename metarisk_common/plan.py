@@ -126,6 +126,8 @@ def read_plan(path: Path) -> Plan:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; a run's folder holds its plan as plan.json") from None
     except (OSError, ValueError):
         raise ConfigError(f"{path}: cannot be read as a plan; expected the JSON that a run writes") from None
     return validate(values, Plan, where=str(path))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -36,6 +37,16 @@ def main(grid: Grid, context: Context) -> None:
     run_rounds(resume_or_start(folder, start), plan, grid, folder)
 
 
+def is_not_private(folder: Path) -> bool:
+    """Whether the run's description says that its noise was seeded or switched off, so that it protects nobody.
+
+    Raises:
+        ConfigError: the folder is not that of a run.
+
+    """
+    return bool(_read_info(folder).get("not_private", False))
+
+
 def read_run_id(folder: Path) -> str:
     """Read the run's name for itself, which every order carries.
 
@@ -43,7 +54,14 @@ def read_run_id(folder: Path) -> str:
         ConfigError: the folder is not that of a run.
 
     """
+    return str(_read_info(folder)["run_id"])
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{folder}: is not a run's folder (its run.json is missing or damaged)") from None
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        info = None
+    if not isinstance(info, dict) or "run_id" not in info:
+        raise ConfigError(f"{folder}: is not a run's folder (its run.json is missing or damaged)")
+    return info

@@ -15,6 +15,7 @@ from metarisk_common.commands import run_app, show_version
 from metarisk_common.errors import ConfigError
 from metarisk_common.plan import read_plan
 
+from .app import is_not_private
 from .checkpoint import load_checkpoint, write_atomically
 from .journal import read_journal
 from .rounds import CHECKPOINT, JOURNAL
@@ -25,6 +26,7 @@ Version = Annotated[bool, typer.Option("--version", callback=show_version, is_ea
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
 _SHOWN = 10
 _NONE = "-"
+STAMP = "NOT PRIVATE: the noise of this run was seeded or switched off"
 
 
 @app.callback()
@@ -39,9 +41,11 @@ def status(run: Folder, as_json: AsJson = False) -> None:  # noqa: FBT002 - a fl
     records = read_journal(run / JOURNAL)
     found = load_checkpoint(run / CHECKPOINT)
     done = 0 if found is None else found[0].round
+    not_private = is_not_private(run)
     if as_json:
         answer = {
             "run": str(run),
+            "not_private": not_private,
             "plan_hash": plan.hash(),
             "round": done,
             "rounds": plan.outer.rounds,
@@ -49,9 +53,10 @@ def status(run: Folder, as_json: AsJson = False) -> None:  # noqa: FBT002 - a fl
         }
         typer.echo(json.dumps(answer))
         return
-    table = Table(
-        title=f"{plan.name}: round {done} of {plan.outer.rounds}   plan {plan.hash()[:12]}", title_justify="left"
-    )
+    title = f"{plan.name}: round {done} of {plan.outer.rounds}   plan {plan.hash()[:12]}"
+    if len(records) > _SHOWN:
+        title += f"   (its last {_SHOWN} rounds)"
+    table = Table(title=f"{title}\n{STAMP}" if not_private else title, title_justify="left")
     for heading in ("round", "cohort", "admitted", "refused", "rejected", "mean update norm", "seconds"):
         table.add_column(heading, justify="right")
     for record in records[-_SHOWN:]:
@@ -79,10 +84,13 @@ def export(
     if not out.parent.is_dir():
         raise ConfigError(f"{out.parent}: there is no such folder")
     arrays = {name: np.ascontiguousarray(value, plan.dtype) for name, value in found[0].meta_params.items()}
-    data = save(arrays, metadata={"plan": plan.to_json(), "plan_hash": plan.hash(), "run_id": found[0].run_id})
+    metadata = {"plan": plan.to_json(), "plan_hash": plan.hash(), "run_id": found[0].run_id}
+    if is_not_private(run):
+        metadata["privacy"] = STAMP
+    data = save(arrays, metadata=metadata)
     write_atomically(out, data)
     digest = hashlib.sha256(data).hexdigest()
-    answer = {"file": str(out), "sha256": digest, "plan_hash": plan.hash()}
+    answer = {"file": str(out), "sha256": digest, "plan_hash": plan.hash(), "not_private": is_not_private(run)}
     typer.echo(json.dumps(answer) if as_json else f"{out}\nsha256 {digest}")
 
 

@@ -151,7 +151,7 @@ class RoundProgress:
     def update(self, completed: int, mean_update_norm: float | None, epsilon_spent: float) -> None:
         """Show that `completed` rounds are done, with the last one's mean update norm and the epsilon spent so far."""
         epsilon = (
-            f"epsilon {spent(epsilon_spent)} of {self._budget:.2f}" if math.isfinite(self._budget) else "no privacy"
+            f"epsilon {spent(epsilon_spent)} of {spent(self._budget)}" if math.isfinite(self._budget) else "no privacy"
         )
         norm = f"update norm {fixed(mean_update_norm)}, " if mean_update_norm is not None else ""
         tenth = completed * 10 // max(self._rounds, 1)

@@ -131,6 +131,8 @@ def spent(epsilon: float, digits: int = 2) -> str:
     """Write a privacy loss rounded up, so that print never claims more protection than the ledger does."""
     if not math.isfinite(epsilon):
         return "no bound"
+    if 0 < epsilon < 0.1:  # noqa: PLR2004 - two digits after the point would say little, or more than there is
+        digits = min(6, 1 - math.floor(math.log10(epsilon)))
     scale = 10**digits
     return f"{math.ceil(epsilon * scale - 1e-9) / scale:.{digits}f}"
 

@@ -134,6 +134,8 @@ def _open(request: Request) -> RunFolder:
         path = request.out or _newest(request)
         if path is not None and (path / "run.json").exists():
             return _resumed(path, request)
+        if request.scenario is not None:
+            _print(Console(stderr=True), "There is no run to resume; this is a new one.")
     if request.scenario is None:
         raise ConfigError(f"{request.out}: holds no run that could be resumed; name a scenario to start one")
     scenario = _scenario(request, request.scenario)

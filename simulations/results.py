@@ -107,6 +107,7 @@ def measure(
         "ks": list(chosen),
         "draws": draws or evaluation.draws,
         "main_method": main,
+        "not_private": run.not_private,
         "methods": described,
         "summary": summarise(scores),
         "paired": _paired(scores, main, list(described), chosen),

@@ -32,7 +32,8 @@ from client.ledger import Ledger
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.plan import Plan, read_plan
-from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
+from metarisk_common.schema import CategoricalColumn, Schema
+from metarisk_common.table import categories, check_table, check_two_classes, labels, split_by_institution
 from metarisk_common.tasks import few_shot_draw
 from server.checkpoint import write_atomically
 from server.journal import read_journal
@@ -41,7 +42,18 @@ from server.rounds import JOURNAL
 from .inprocess import Node
 from .scenarios import Scenario, Split, split
 
-_INFO = {"run_id", "created", "engine", "seed", "epsilon", "banks", "unseen", "declared_sizes", "versions"}
+_INFO = {
+    "run_id",
+    "created",
+    "engine",
+    "not_private",
+    "seed",
+    "epsilon",
+    "banks",
+    "unseen",
+    "declared_sizes",
+    "versions",
+}
 PACKAGES = ("metarisk-federated", "flwr", "torch", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
 
 
@@ -57,7 +69,7 @@ class RunFolder:
     @property
     def not_private(self) -> bool:
         """Whether the banks' noise is reproducible, or switched off, so that nothing here protects anyone."""
-        return self.info["seed"] is not None or self.plan.mechanism.noise_multiplier == 0
+        return bool(self.info["not_private"])
 
     @property
     def epsilon(self) -> float:
@@ -116,6 +128,7 @@ def prepare(
     """
     _check_place(path)
     check_table(frame, scenario.columns, where)
+    _check_categories(frame, scenario.columns, where)
     tables = split_by_institution(frame, scenario.columns, where)
     parts = split(scenario, list(tables))
     for name, table in tables.items():
@@ -158,6 +171,7 @@ def _lay_out(
         "run_id": uuid.uuid4().hex,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "engine": engine,
+        "not_private": scenario.seed is not None or plan.mechanism.noise_multiplier == 0,
         "seed": scenario.seed,
         "epsilon": budget if math.isfinite(budget) else None,
         "plan_hash": plan.hash(),
@@ -211,6 +225,18 @@ def _check_institution(scenario: Scenario, name: str, y: np.ndarray, unseen: boo
         few_shot_draw(y, k_min=positive[0], k_max=positive[-1], seed_parts=(), where=institution)
     if len(name) > 200:  # noqa: PLR2004 - what a message's field may hold
         raise DataError(f"{where}: an institution's name has {len(name)} characters; shorten it to 200")
+
+
+def _check_categories(frame: pl.DataFrame, schema: Schema, where: str) -> None:
+    """Refuse a categorical column of which nothing is known: its categories were misspelt, not met by nobody."""
+    for column in schema.columns:
+        if isinstance(column, CategoricalColumn):
+            known = categories(frame, column, where).is_in(list(column.categories))
+            if not known.any():
+                raise DataError(
+                    f"{where}: column '{column.name}' holds none of the schema's categories in any row; "
+                    "write them as they stand in the table"
+                )
 
 
 def _check_limits(scenario: Scenario, sizes: Mapping[str, int]) -> None:

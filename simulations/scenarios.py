@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -44,6 +45,13 @@ class Splits(Frozen):
 
     unseen: Annotated[int, Field(ge=1)] | tuple[str, ...] | None = None
 
+    @field_validator("unseen", mode="before")
+    @classmethod
+    def _names_in_quotes(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and not all(isinstance(name, str) for name in value):
+            raise ValueError('write the names in quotes, as ["13", "2"], or give a number of institutions')
+        return value
+
 
 class Evaluation(Frozen):
     """How unseen institutions are judged."""
@@ -65,7 +73,7 @@ class Evaluation(Frozen):
 class Scenario(Frozen):
     """An experiment. Everything but the name, the data and the schema has a default that suits a scorecard."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: str
     title: str = ""
     seed: int | None = Field(default=None, ge=0)
     """Seed of the banks' noise: reproducible, and therefore NOT PRIVATE. Without it the system's randomness is used."""
@@ -77,6 +85,15 @@ class Scenario(Frozen):
     privacy: Privacy = Privacy()
     splits: Splits = Splits()
     evaluation: Evaluation = Evaluation()
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", value):
+            raise ValueError(
+                "must be lower-case letters, digits and hyphens, at most 63, for folders are named after it"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

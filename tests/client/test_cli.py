@@ -29,6 +29,8 @@ def test_the_ledger_is_shown_with_what_is_spent(call: Call, bank: Path) -> None:
     assert [entry["kind"] for entry in answer["entries"]] == ["create", *["reserve", "release"] * 12]
     code, text, _ = call(app, "ledger", "show", bank)
     assert code == 0
+    assert answer["not_private"] is True
+    assert "NOT PRIVATE" in text
     assert f"{answer['source']}: epsilon {answer['spent']:.4f} spent of 4" in text
 
 
@@ -70,7 +72,7 @@ def test_what_is_not_there_is_named(
         (["ledger", "show", tmp_path], "there is no ledger here"),
         (["ledger", "verify", tmp_path / "gone"], "there is no ledger here"),
         (["check", tmp_path, "--plan", tmp_path / "plan.json"], "institution.toml: there is no such file"),
-        (["check", bank, "--plan", tmp_path / "gone.json"], "gone.json: cannot be read as a plan"),
+        (["check", bank, "--plan", tmp_path / "gone.json"], "gone.json: there is no such file"),
         (["check", bank, "--plan", tmp_path / "plan.json"], "loans.csv: column 'age' is missing"),
     ):
         code, out, err = call(app, *arguments)

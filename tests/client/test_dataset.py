@@ -169,7 +169,14 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "parquet cut short": ("loans.parquet", cut_short, "can't be read as Parquet"),
     "parquet corrupted": ("loans.parquet", corrupted, "can't be read as Parquet"),
     "not text": ("loans.csv", lambda path: path.write_bytes(b"a,b\n\xff\xfe" + CANARY.encode() + b",1\n"), "UTF-8"),
-    "ragged": ("loans.csv", lambda path: path.write_text(f"a,b\n1,2\n1,2,{CANARY}\n"), "as many cells in every row"),
+    "ragged": (
+        "loans.csv",
+        lambda path: path.write_text(f"a,b\n1,2\n1,2,{CANARY}\n"),
+        "line 3 has 3 cells and the header has 2",
+    ),
+    "cut short": ("loans.csv", lambda path: path.write_text(f"a,b,c\n1,2,3\n1,{CANARY}"), "line 3 has 2 cells"),
+    "utf-16": ("loans.csv", lambda path: path.write_text(f"a,b\n{CANARY},1\n", encoding="utf-16"), "is not UTF-8"),
+    "latin-1": ("loans.csv", lambda path: path.write_bytes(b"a,b\n\xe9" + CANARY.encode() + b",1\n"), "is not UTF-8"),
     "semicolons": ("loans.csv", semicolons, "separator is a comma"),
     "no header": ("loans.csv", lambda path: table().write_csv(path, include_header=False), "first line is a header"),
 }

@@ -43,6 +43,10 @@ DAMAGED_TABLES: dict[str, tuple[Callable[[pl.DataFrame], pl.DataFrame], str]] = 
     "an empty outcome": (cell("outcome", ""), "loans.csv.*column 'outcome' is empty in 1"),
     "nobody's record": (cell("lender", ""), "loans.csv.*column 'lender' is empty in 1"),
     "one class": (one_class, "loans.csv: institution 'Lender C'.*one class"),
+    "categories misspelt": (
+        lambda frame: frame.with_columns(purpose=pl.lit(CANARY)),
+        "loans.csv: column 'purpose' holds none of the schema's categories",
+    ),
     "no rows": (lambda frame: frame.clear(), "loans.csv: holds no rows"),
     "too few lenders": (lambda frame: frame.filter(pl.col("lender") == "Lender A"), "1 institution"),
 }  # fmt: skip
@@ -57,6 +61,9 @@ DAMAGED_SCENARIOS = {
     "a large delta": ({"delta = 1e-4": "delta = 1e-3"}, "privacy.delta: 0.001 is too large for 'Lender"),
     "k = 1": ({"k = [0, 10]": "k = [0, 1]"}, "scenario.toml: key 'evaluation.k'"),
     "k too large": ({"k = [0, 10]": "k = [0, 219]"}, "loans.csv: institution 'Lender .'.*too few records"),
+    "a key elsewhere": ({"[data]": "missing = 1\n[data]"}, "unknown key 'missing'; it belongs in another section"),
+    "names unquoted": ({"unseen = 2": "unseen = [13, 2]"}, "key 'splits.unseen': write the names in quotes"),
+    "a name for no folder": ({'name = "consumer"': 'name = "My Run"'}, "key 'name': must be lower-case letters"),
     "unseen nobody": ({"unseen = 2": 'unseen = ["Lender X"]'}, "splits.unseen: there is no institution 'Lender X'"),
     "all unseen": ({"unseen = 2": "unseen = 6"}, "splits: the table has 6 institution"),
     "missing table": ({"loans.csv": "gone.csv"}, "gone.csv: there is no such file"),
