@@ -3,8 +3,9 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ CLIENT_APP = "client.app:app"
 INITIALIZATIONS = "initializations.safetensors"
 MAIN = "meta"
 _WATCH_SECONDS = 0.1
+_WATCHED_LEDGERS = 100  # All banks have one plan, so these tell for all, and a process may not open files without end.
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,13 @@ def _watched(run: RunFolder, on_progress: OnProgress | None) -> Iterator[None]:
 
 
 def _follow(run: RunFolder, on_progress: OnProgress, stop: threading.Event) -> None:
-    seen = -1
-    with ExitStack() as stack:
+    """Report rounds until told to stop; a ledger or journal that can't be read ends the reports, never the run.
+
+    What is wrong with it the run itself will say, where somebody hears it.
+    """
+    with suppress(MetariskError), ExitStack() as stack:
         ledgers: dict[Path, Ledger] = {}
+        seen = -1
         while True:
             last = stop.wait(_WATCH_SECONDS)
             records = read_journal(run.path / JOURNAL)
@@ -187,7 +193,8 @@ def _follow(run: RunFolder, on_progress: OnProgress, stop: threading.Event) -> N
                 seen = len(records)
                 norm = records[-1]["mean_update_norm"] if records else None
                 done = records[-1]["round"] if records else 0
-                for path in (folder / "ledger.sqlite" for folder in run.bank_folders.values()):
+                for folder in islice(run.bank_folders.values(), _WATCHED_LEDGERS):
+                    path = folder / "ledger.sqlite"
                     if path not in ledgers and path.exists():
                         # It stays open: a ledger that is open reads only what is new.
                         ledgers[path] = stack.enter_context(Ledger.read(path))

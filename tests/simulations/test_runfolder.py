@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from client.bank import Bank
-from metarisk_common.errors import ConfigError, DataError, MetariskError
+from metarisk_common.errors import ConfigError, DataError, IntegrityError, MetariskError
 from simulations import experiment, runfolder
 from simulations.runfolder import RunFolder, open_run, prepare, unused_folder
 from simulations.scenarios import load_scenario
@@ -172,6 +172,15 @@ def test_a_run_where_every_bank_declines_is_no_success(make: Prepare) -> None:
     for _ in range(2):
         with pytest.raises(MetariskError, match=r"no round had reports to learn from.*plan \(4\)"):
             experiment.train(run, workers=0)
+
+
+def test_a_damaged_ledger_is_told_once_and_by_the_run_not_by_its_progress_bar(make: Prepare) -> None:
+    run = make(replace={"rounds = 12": "rounds = 2"})
+    folder = next(iter(run.bank_folders.values()))
+    (folder / "ledger.sqlite").write_bytes(b"not a ledger")
+    # An exception in the thread that follows the rounds would be a warning, and so an error of this test.
+    with pytest.raises(IntegrityError, match=f"{folder.name}/ledger.sqlite"):
+        experiment.train(run, workers=0, on_progress=lambda _: None)
 
 
 def test_an_unfinished_run_cannot_be_judged(make: Prepare) -> None:
