@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired, TypedDict
 
-from . import plots
+from metarisk_common import charts
 
 Measure = Literal["auc", "ks", "log_loss", "brier"]
 
@@ -112,7 +112,7 @@ def fixed(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return ABSENT
     text = f"{value:.{digits}f}"
-    return text.replace("-", plots.MINUS) if float(text) else f"{0:.{digits}f}"
+    return text.replace("-", charts.MINUS) if float(text) else f"{0:.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:

@@ -1,30 +1,14 @@
-"""Charts as SVG text: built by hand, so that they take their colours from the page, in light and in dark.
+"""The charts of a run's report: curves, bars and lines as SVG text, pure functions of their numbers.
 
-Every chart is a pure function of its numbers, so one input gives one text, byte for byte. Each is drawn for one
-`Layout`; the page shows the wide or the narrow one, and at its own size a label is as large as the text around it.
 Classes carry all colours: `k-federated`, `k-local` and `k-pooled` for families, `n0` to `n3` for dashes within one.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-MINUS = "\u2212"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One drawing size: a suffix for ids, and width and height in CSS pixels (height 0: as tall as the rows need)."""
-
-    name: str
-    width: int
-    height: int = 0
-
-    @property
-    def wide(self) -> bool:
-        """Whether there is room beside the plot for names."""
-        return self.name == "wide"
+from metarisk_common.charts import Frame, Layout, Words, document, nice_ticks, path, spread, tag, tick_texts
 
 
 @dataclass(frozen=True)
@@ -48,108 +32,12 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Words:
-    """What a chart says in words: `key` (unique on the page), title, description, the axes with their units."""
-
-    key: str
-    title: str
-    description: str
-    x_label: str = ""
-    y_label: str = ""
-
-
-@dataclass(frozen=True)
 class Bar:
     """One named value of a bar chart, and how it is written beside the bar."""
 
     name: str
     value: float
     text: str
-
-
-def tag(name: str, text: str | None = None, **attributes: object) -> str:
-    """Return one element, all escaped; `cls` is the class, underscores in names are hyphens, floats have one digit."""
-    parts = [name]
-    for key, value in attributes.items():
-        attribute = "class" if key == "cls" else key.replace("_", "-")
-        shown = f"{value:.1f}" if isinstance(value, float) else str(value)
-        parts.append(f'{attribute}="{escape(shown, quote=True)}"')
-    opening = " ".join(parts)
-    return f"<{opening}/>" if text is None else f"<{opening}>{escape(text)}</{name}>"
-
-
-def document(words: Words, layout: Layout, height: float, body: Iterable[str]) -> str:
-    """Wrap elements in an `svg` that a screen reader announces with the chart's title and description."""
-    key = f"{words.key}-{layout.name}"
-    head = (
-        f'<svg class="chart {layout.name}" viewBox="0 0 {layout.width} {height:.0f}" role="img" '
-        f'aria-labelledby="{escape(key)}-t {escape(key)}-d">'
-    )
-    title = tag("title", words.title, id=f"{key}-t")
-    description = tag("desc", words.description, id=f"{key}-d")
-    return "\n".join([head, title, description, *body, "</svg>"])
-
-
-def nice_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
-    """Return about `count` round numbers whose first is at most `low` and whose last is at least `high`."""
-    span = high - low if high - low > 1e-9 else 1.0  # noqa: PLR2004  (equal up to rounding: any span will do)
-    power = 10.0 ** math.floor(math.log10(span / count))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * count >= span * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil((low + span) / step - 1e-9)
-    return tuple(step * index for index in range(first, max(last, first + 1) + 1))
-
-
-def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Write ticks with just the digits that tell them apart, and with a real minus sign."""
-    step = ticks[1] - ticks[0]
-    exact = (d for d in range(8) if all(abs(round(t, d) - t) < step * 1e-3 for t in ticks))
-    digits = next(exact, 8)
-    return [f"{tick:.{digits}f}".replace("-", MINUS) if round(tick, digits) else f"{0:.{digits}f}" for tick in ticks]
-
-
-def spread(positions: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
-    """Move labels apart so that neighbours are `gap` or more away, in their order, within the bounds where they fit."""
-    order = sorted(range(len(positions)), key=lambda index: positions[index])
-    placed = list(positions)
-    ceiling = lowest
-    for index in order:
-        placed[index] = max(positions[index], ceiling)
-        ceiling = placed[index] + gap
-    floor = highest
-    for index in reversed(order):
-        placed[index] = min(placed[index], floor)
-        floor = placed[index] - gap
-    return placed
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The plot area in pixels and the linear scale of its y axis."""
-
-    left: float
-    right: float
-    top: float
-    bottom: float
-    ticks: tuple[float, ...]
-
-    def y(self, value: float) -> float:
-        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
-        return self.bottom - share * (self.bottom - self.top)
-
-    def axis(self, words: Words, below: float = 42) -> list[str]:
-        """Grid lines with their values, the y label above them, the x label `below` pixels under them."""
-        parts = [tag("text", words.y_label, x=0, y=14, cls="label")]
-        for tick, text in zip(self.ticks, tick_texts(self.ticks), strict=True):
-            height = self.y(tick)
-            parts.append(tag("line", x1=self.left, x2=self.right, y1=height, y2=height, cls="grid"))
-            parts.append(tag("text", text, x=self.left - 8, y=height + 4, cls="tick end"))
-        middle = (self.left + self.right) / 2
-        parts.append(tag("text", words.x_label, x=middle, y=self.bottom + below, cls="label middle"))
-        return parts
-
-
-def _path(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def _finite(*values: float | None) -> bool:
@@ -174,7 +62,7 @@ def curves(series: Sequence[Series], xs: Sequence[int], words: Words, layout: La
     highs = [point.high for item in drawn for point in item.points]
     ticks = nice_ticks(min(0.5, *lows), max(highs)) if drawn else nice_ticks(0.5, 1)
     right = layout.width - (318.0 if layout.wide else 10.0)
-    frame = _Frame(40.0, right, 30.0, layout.height - 48.0, ticks)
+    frame = Frame(40.0, right, 30.0, layout.height - 48.0, ticks)
     root = math.sqrt(max(*xs, 1))
 
     def x(value: float) -> float:
@@ -186,8 +74,8 @@ def curves(series: Sequence[Series], xs: Sequence[int], words: Words, layout: La
         forward = [(x(point.x), frame.y(point.high)) for point in item.points]
         backward = [(x(point.x), frame.y(point.low)) for point in reversed(item.points)]
         line = [(x(point.x), frame.y(point.mean)) for point in item.points]
-        parts.append(tag("path", d=_path([*forward, *backward]) + "Z", cls=f"band {item.style}"))
-        parts.append(tag("path", d=_path(line), cls=f"line {item.style}"))
+        parts.append(tag("path", d=path([*forward, *backward]) + "Z", cls=f"band {item.style}"))
+        parts.append(tag("path", d=path(line), cls=f"line {item.style}"))
         if not item.level:
             parts.extend(tag("circle", cx=cx, cy=cy, r=3.5, cls=f"dot {item.style}") for cx, cy in line)
     if layout.wide:
@@ -195,11 +83,11 @@ def curves(series: Sequence[Series], xs: Sequence[int], words: Words, layout: La
     return document(words, layout, layout.height, parts)
 
 
-def _end_labels(drawn: Sequence[Series], frame: _Frame) -> list[str]:
+def _end_labels(drawn: Sequence[Series], frame: Frame) -> list[str]:
     ends = [frame.y(item.points[-1].mean) for item in drawn]
     parts = []
     for item, end, height in zip(drawn, ends, spread(ends, 17, frame.top, frame.bottom), strict=True):
-        leader = _path([(frame.right - 6, end), (frame.right + 14, height), (frame.right + 36, height)])
+        leader = path([(frame.right - 6, end), (frame.right + 14, height), (frame.right + 36, height)])
         parts.append(tag("path", d=leader, cls=f"line leader {item.style}"))
         text = f"{_shortened(item.title, 36)} {item.points[-1].mean:.3f}"
         parts.append(tag("text", text, x=frame.right + 42, y=height + 4, cls=f"name {item.style}"))
@@ -245,7 +133,7 @@ def budget_bars(bars: Sequence[Bar], budget: float, words: Words, layout: Layout
     """Draw one thin upright bar a name, largest first, under a line at the budget; names are tooltips."""
     rows = sorted(bars, key=lambda bar: (-bar.value, bar.name))
     ticks = nice_ticks(0.0, max([budget, *(bar.value for bar in rows)]) * 1.05, 3)
-    frame = _Frame(40.0, layout.width - 10.0, 30.0, layout.height - 28.0, ticks)
+    frame = Frame(40.0, layout.width - 10.0, 30.0, layout.height - 28.0, ticks)
     step = (frame.right - frame.left) / max(len(rows), 1)
     parts = frame.axis(words, below=22)
     for index, bar in enumerate(rows):
@@ -263,7 +151,7 @@ def budget_bars(bars: Sequence[Bar], budget: float, words: Words, layout: Layout
 def rounds_line(values: Sequence[tuple[int, float | None]], words: Words, layout: Layout) -> str:
     """Draw one number by round, from zero; a round without one leaves a gap in the line."""
     known = [value for _, value in values if value is not None and _finite(value)]
-    frame = _Frame(48.0, layout.width - 12.0, 30.0, layout.height - 48.0, nice_ticks(0.0, max([*known, 1e-9]), 4))
+    frame = Frame(48.0, layout.width - 12.0, 30.0, layout.height - 48.0, nice_ticks(0.0, max([*known, 1e-9]), 4))
     last = max([number for number, _ in values], default=1)
 
     def x(number: float) -> float:
@@ -277,7 +165,7 @@ def rounds_line(values: Sequence[tuple[int, float | None]], words: Words, layout
         if value is not None and _finite(value):
             run.append((x(number), frame.y(value)))
         elif run:
-            parts.append(tag("path", d=_path(run), cls="line k-federated n0"))
+            parts.append(tag("path", d=path(run), cls="line k-federated n0"))
             parts.extend(tag("circle", cx=cx, cy=cy, r=2.5, cls="dot k-federated") for cx, cy in run)
             run = []
     return document(words, layout, layout.height, parts)

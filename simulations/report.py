@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from metarisk_common import charts
+from metarisk_common.pages import page_environment
 
 from . import plots
 from .findings import (
@@ -37,7 +38,7 @@ from .findings import (
 
 Charts = dict[str, str]
 
-WIDE, NARROW = plots.Layout("wide", 976, 470), plots.Layout("narrow", 358, 340)
+WIDE, NARROW = charts.Layout("wide", 976, 470), charts.Layout("narrow", 358, 340)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_report(path: Path, report: ReportData) -> None:
 def render_report(report: ReportData) -> str:
     """Return the HTML of `report`; the same values give the same text."""
     metrics, privacy = report.metrics, report.privacy
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = page_environment()
     environment.filters.update(fixed=fixed, signed=signed, interval=interval, spent=spent, power=power)
     environment.globals.update(estimate=estimate, verdict=verdict, paired_with=paired_with, size=_size)
     template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
@@ -148,30 +149,30 @@ def _charts(report: ReportData) -> Charts:
     series = _series(metrics, report.main_method)
     titles = {name: method["title"] for name, method in metrics["methods"].items()}
     told = "; ".join(f"{s.title}: " + ", ".join(f"{fixed(p.mean)} at {p.x:g}" for p in s.points) for s in series)
-    curve = plots.Words(
+    curve = charts.Words(
         "curve", "AUC by number of labels", f"Mean AUC over unseen lenders. {told}.",
         "labels at the new lender (square-root scale)", "AUC, mean over unseen lenders",
     )  # fmt: skip
     losers = sum(value < 0 for value in known.values())
-    gain = plots.Words(
+    gain = charts.Words(
         "gain", f"Gain of each unseen lender with {gains['k']} labels",
         f"{len(known) - losers} lenders do not lose, {losers} lose. The table of this section has the numbers.",
         f"AUC gained over {titles.get(gains['baseline'], gains['baseline'])}",
     )  # fmt: skip
     accounts, budget = privacy["by_institution"], privacy["epsilon_budget"]
-    epsilon = plots.Words(
+    epsilon = charts.Words(
         "epsilon", "Epsilon spent by each lender",
         f"{len(accounts)} lenders, budget {budget:g}. The table of this section has the numbers.",
         "participating lenders, largest first", "epsilon spent",
     )  # fmt: skip
-    norms = plots.Words(
+    norms = charts.Words(
         "norm", "Mean norm of the meta-updates", "By round.", "round", "mean L2 norm of the noised meta-updates"
     )
-    steps = plots.Words("step", "Server step", "By round.", "round", "server learning rate")
+    steps = charts.Words("step", "Server step", "By round.", "round", "server learning rate")
     gain_rows = [plots.Bar(name, value, signed(value)) for name, value in known.items()]
     spent_rows = [plots.Bar(name, one["spent"], spent(one["spent"], 4)) for name, one in accounts.items()]
-    half = (plots.Layout("wide", 470, 250), plots.Layout("narrow", 358, 230))
-    low = (plots.Layout("wide", 976, 200), plots.Layout("narrow", 358, 190)) if math.isfinite(budget) else ()
+    half = (charts.Layout("wide", 470, 250), charts.Layout("narrow", 358, 230))
+    low = (charts.Layout("wide", 976, 200), charts.Layout("narrow", 358, 190)) if math.isfinite(budget) else ()
     sizes = [(r["round"], r["mean_update_norm"]) for r in report.journal]
     rates = [(r["round"], r["server_learning_rate"]) for r in report.journal]
     return {

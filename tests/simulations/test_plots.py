@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metarisk_common import charts
 from simulations import plots
 from simulations.findings import estimate, fixed, interval, ordered_methods, signed, spent, verdict
 
@@ -67,17 +68,17 @@ def test_printed_epsilon_is_never_below_the_ledgers(epsilon: float) -> None:
 
 @given(st.floats(-1e3, 1e3), st.floats(1e-6, 1e3), st.integers(3, 8))
 def test_ticks_cover_the_range_with_distinct_texts(low: float, span: float, count: int) -> None:
-    ticks = plots.nice_ticks(low, low + span, count)
+    ticks = charts.nice_ticks(low, low + span, count)
     assert ticks[0] <= low + span * 1e-6
     assert ticks[-1] >= low + span - span * 1e-6
     assert 2 <= len(ticks) <= count + 3
     if span > abs(low) * 1e-4:
-        assert len(set(plots.tick_texts(ticks))) == len(ticks)
+        assert len(set(charts.tick_texts(ticks))) == len(ticks)
 
 
 @given(st.lists(st.floats(0, 200), min_size=1, max_size=10))
 def test_labels_keep_their_distance_and_their_order(positions: list[float]) -> None:
-    placed = plots.spread(positions, 17, 0, 200)
+    placed = charts.spread(positions, 17, 0, 200)
     pairs = sorted(zip(positions, placed, strict=True))
     heights = sorted(placed)
     assert all(b - a >= 17 - 1e-6 for a, b in pairwise(heights))
@@ -87,7 +88,7 @@ def test_labels_keep_their_distance_and_their_order(positions: list[float]) -> N
 
 def test_a_bar_is_as_long_as_its_value() -> None:
     bars = [plots.Bar("a", 0.1, "+0.100"), plots.Bar("b", 0.05, "+0.050"), plots.Bar("c", -0.05, "\u22120.050")]
-    svg = plots.gain_bars(bars, plots.Words("g", "t", "d"), plots.Layout("wide", 900))
+    svg = plots.gain_bars(bars, charts.Words("g", "t", "d"), charts.Layout("wide", 900))
     rects = re.findall(r"<rect[^>]*>", svg)
     widths = [float(found.group(1)) for rect in rects if (found := re.search(r' width="([\d.]+)"', rect))]
     first, second, third = widths
@@ -97,7 +98,7 @@ def test_a_bar_is_as_long_as_its_value() -> None:
 
 
 def test_a_round_without_an_update_leaves_a_gap() -> None:
-    words, layout = plots.Words("n", "t", "d"), plots.Layout("wide", 400, 200)
+    words, layout = charts.Words("n", "t", "d"), charts.Layout("wide", 400, 200)
     whole = plots.rounds_line([(1, 0.3), (2, 0.2), (3, 0.2), (4, 0.1)], words, layout)
     broken = plots.rounds_line([(1, 0.3), (2, 0.2), (3, None), (4, 0.1)], words, layout)
     assert whole.count("<path") == 1
