@@ -6,7 +6,7 @@ from jinja2 import Environment, StrictUndefined
 
 
 def page_environment() -> Environment:
-    """Give an environment for pages of one file each; their template writes `{{ style|safe }}` between its style tags."""
+    """Give an environment for pages of one file each, whose templates write `{{ style|safe }}` between style tags."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["style"] = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return environment

@@ -19,12 +19,17 @@ _DRAWS_AT_ONCE: Final = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """Records of one segment of one institution; `x` and `y` are arrays or tensors with rows aligned."""
+    """Records of one segment of one institution; `x` and `y` are arrays or tensors with rows aligned.
+
+    `unit`: (rows,) int64 from 0 without gaps, the same number for records of the same privacy unit (a customer, say),
+    which are protected together; None where every record is a unit of its own.
+    """
 
     institution: str
     segment: str
     x: Array
     y: Array
+    unit: Array | None = None
 
 
 @dataclass(frozen=True)
