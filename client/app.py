@@ -11,6 +11,7 @@ from metarisk_common.errors import ConfigError
 from .bank import Bank
 
 FOLDER_KEY = "metarisk-institution"
+SIMULATION_KEY = "metarisk-simulation"
 
 # Two threads make products of this size slower, and a spinning second thread much slower still.
 torch.set_num_threads(1)
@@ -23,7 +24,18 @@ _banks: dict[Path, Bank] = {}
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer an order; the folder comes from the node's own configuration, never from the server's."""
-    return Message(open_bank(folder_of(context)).answer(message.content), reply_to=message)
+    return _answer(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer an order for score histograms."""
+    return _answer(message, context)
+
+
+def _answer(message: Message, context: Context) -> Message:
+    simulation = context.node_config.get(SIMULATION_KEY) == "yes"
+    return Message(open_bank(folder_of(context), simulation=simulation).answer(message.content), reply_to=message)
 
 
 def folder_of(context: Context) -> Path:
@@ -39,11 +51,15 @@ def folder_of(context: Context) -> Path:
     return Path(folder)
 
 
-def open_bank(folder: Path) -> Bank:
-    """Return the open bank of a folder; it stays open for the life of this process."""
+def open_bank(folder: Path, *, simulation: bool = False) -> Bank:
+    """Return the open bank of a folder; it stays open for the life of this process.
+
+    Whether it is a simulation says the node's own configuration: `metarisk-simulation=yes` lets a bank's noise be
+    seeded, and stands in no configuration but that of `metarisk-simulate`'s own nodes.
+    """
     path = folder.resolve()
     if path not in _banks:
-        _banks[path] = Bank(path)
+        _banks[path] = Bank(path, simulation=simulation)
     return _banks[path]
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from metarisk_common.errors import DataError, IntegrityError, MetariskError, ProtocolError, RefusedError
+from metarisk_common.errors import ConfigError, DataError, IntegrityError, MetariskError, ProtocolError, RefusedError
 from metarisk_common.features import Encoder
 from metarisk_common.plan import Plan
-from metarisk_common.privacy import PrivacyEvent
 from metarisk_common.schema import Schema
 from metarisk_common.tasks import Task
 from metarisk_common.wire import (
+    EvaluateOrder,
+    EvaluateReport,
     Refusal,
     TrainOrder,
     TrainReport,
@@ -26,11 +27,13 @@ from metarisk_common.wire import (
     report_to_bytes,
 )
 
-from .config import Institution, load_institution
+from .approval import open_ledger
+from .config import CONFIG_FILE, Institution, load_institution
 from .dataset import Dataset, load_dataset
 from .ledger import Ledger, OrderKey, Reservation
 from .policy import admit
 from .rng import SecureRandom
+from .scoring import noised_histograms
 from .training import meta_update, tasks_for
 
 log = logging.getLogger("metarisk.client")
@@ -47,18 +50,21 @@ class Bank:
     Not for use by several threads: SQLite's connection and Torch's modules belong to the one that opened it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open the folder's configuration and ledger.
+    def __init__(self, folder: Path, *, simulation: bool = False) -> None:
+        """Open the folder's configuration and ledger; only a simulation may open one whose noise is seeded.
 
         Raises:
-            ConfigError: the configuration is missing or wrong.
+            ConfigError: the configuration is missing or wrong, or seeds the noise outside a simulation.
             IntegrityError: the ledger is damaged or belongs to another data source.
 
         """
         self.institution: Institution = load_institution(folder)
-        self.ledger = Ledger.open(
-            self.institution.ledger_path, source=self.institution.config.name, budget=self.institution.budget
-        )
+        if self.institution.config.simulation is not None and not simulation:
+            raise ConfigError(
+                f"{folder / CONFIG_FILE}: section 'simulation' seeds the noise, which then protects nobody; "
+                "remove it, for outside simulations no seed is accepted"
+            )
+        self.ledger: Ledger = open_ledger(self.institution)
         self._tasks: dict[str, list[Task]] = {}
 
     def close(self) -> None:
@@ -71,7 +77,7 @@ class Bank:
         try:
             order = decode_order(content)
             run_id, round_number, plan_hash = order.run_id, order.round, order.plan_hash
-            return encode_reply(self.train(order))
+            return encode_reply(self.release(order))
         except RefusedError as error:
             code = error.code
             log.warning("order refused: %s", error)
@@ -89,26 +95,29 @@ class Bank:
             log.error("the order could not be answered: %s", type(error).__name__)  # noqa: TRY400 - as above
         return encode_reply(Refusal(run_id, round_number, plan_hash, self.institution.config.name, code))
 
-    def train(self, order: TrainOrder) -> TrainReport:
+    def release(self, order: TrainOrder) -> TrainReport:
         """Admit, reserve, compute, store, and return the report.
 
         An order that was answered before gets the very report that was released then, which releases nothing
         new; one that was reserved but never released is computed under its old reservation.
 
         Raises:
-            RefusedError: the policy or the budget declines.
+            RefusedError: the policy, the ledger's approvals or the budget decline.
+            IntegrityError: the ledger is not as it was written, or is not the newest one that the server knows of.
             DataError: the table does not fit the plan's schema; the reservation is charged all the same.
 
         """
         plan = self.institution.approved_plan(order.plan_hash)
         event = admit(order, plan, self.institution.config, width=_encoder(plan.data).width)
-        key = OrderKey(order.run_id, order.round, order.plan_hash, order.digest())
+        self.ledger.check_echo(order.ledger_counter, order.ledger_receipt)
+        kind = "evaluate" if isinstance(order, EvaluateOrder) else "train"
+        key = OrderKey(order.run_id, order.round, order.plan_hash, order.digest(), kind)
         stored = self.ledger.released_report(key)
         if stored is not None:
             return report_from_bytes(stored)
         reservation = self.ledger.reserve(key, event)
         try:
-            report = self._compute(order, plan, event, reservation)
+            report = self._compute(order, plan, reservation)
         except DataError:
             self.ledger.abandon(reservation)
             raise
@@ -122,32 +131,37 @@ class Bank:
             return report_from_bytes(stored)
         return report
 
-    def _compute(self, order: TrainOrder, plan: Plan, event: PrivacyEvent, reservation: Reservation) -> TrainReport:
+    def _compute(self, order: TrainOrder, plan: Plan, reservation: Reservation) -> TrainReport:
         config = self.institution.config
-        update = meta_update(
-            order.meta_params,
-            plan,
-            self._tasks_for(plan),
-            declared_size=config.declared_size,
-            width=_encoder(plan.data).width,
-            rng=noise_source(self.institution, order),
-        )
-        return TrainReport(
+        tasks, width = self._tasks_for(plan), _encoder(plan.data).width
+        rng = noise_source(self.institution, order)
+        if isinstance(order, EvaluateOrder):
+            released = noised_histograms(order.meta_params, plan, tasks, width=width, rng=rng)
+        else:
+            released = meta_update(
+                order.meta_params, plan, tasks, declared_size=config.declared_size, width=width, rng=rng
+            )
+        return (EvaluateReport if isinstance(order, EvaluateOrder) else TrainReport)(
             run_id=order.run_id,
             round=order.round,
             plan_hash=order.plan_hash,
             institution=config.name,
             declared_size=config.declared_size,
-            event=event,
+            event=reservation.event,
             receipt=reservation.receipt,
             counter=reservation.seq,
-            update=update,
+            update=released,
         )
 
     def _tasks_for(self, plan: Plan) -> list[Task]:
         fingerprint = plan.hash()
         if fingerprint not in self._tasks:
-            dataset: Dataset = load_dataset(self.institution.data_path, plan.data, self.institution.config.name)
+            dataset: Dataset = load_dataset(
+                self.institution.data_path, plan.data, self.institution.config.name, drop_unfit=True
+            )
+            if dataset.dropped:
+                rows = dataset.dropped + len(dataset.y)
+                log.warning("%d of %d records do not fit the plan's schema and count as none", dataset.dropped, rows)
             self._tasks = {fingerprint: tasks_for(plan, dataset)}
         return self._tasks[fingerprint]
 
@@ -157,4 +171,5 @@ def noise_source(institution: Institution, order: TrainOrder) -> SecureRandom:
     simulation = institution.config.simulation
     if simulation is None:
         return SecureRandom.from_system()
-    return SecureRandom.seeded(simulation.seed, institution.config.name, order.plan_hash, order.round)
+    kind = ["evaluate"] if isinstance(order, EvaluateOrder) else []
+    return SecureRandom.seeded(simulation.seed, institution.config.name, order.plan_hash, order.round, *kind)

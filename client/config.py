@@ -22,20 +22,33 @@ class PolicyConfig(Frozen):
     epsilon: float = Field(gt=0)
     """Budget; `inf` declares that the records need no protection, and is for simulations and public data."""
     delta: float = Field(gt=0, lt=1e-2)
+    min_noise_multiplier: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    """Least noise of any release; less than this protects little, whatever the budget says."""
+    max_grad_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Largest clip norm; none: whatever the plan says, for the noise grows with it."""
+    max_local_steps: int = Field(default=10_000, ge=1)
+    max_sample_rate: float = Field(default=1.0, gt=0, le=1)
 
 
 class SimulationConfig(Frozen):
-    """Present in simulations only: reproducible noise protects nobody."""
+    """Present in simulations only: reproducible noise protects nobody, and a production client refuses it."""
 
     seed: int = Field(ge=0)
 
 
 class InstitutionConfig(Frozen):
-    """`institution.toml`. `declared_size` is a public constant: how large the bank says its portfolio is."""
+    """`institution.toml`.
+
+    `declared_size` is a public constant: how many privacy units (records, or customers where the schema protects
+    those) the bank says its portfolio has. `source` names the data for its ledger, by default as the bank. Folders of
+    several consortia over one data source name the same `source` and the same `ledger`, relative to the folder.
+    """
 
     name: str = Field(min_length=1, max_length=200)
     data: str = Field(min_length=1)
     declared_size: int = Field(ge=1)
+    source: str = Field(default="", max_length=200)
+    ledger: str = Field(default="ledger.sqlite", min_length=1)
     policy: PolicyConfig
     simulation: SimulationConfig | None = None
 
@@ -55,7 +68,12 @@ class Institution:
     @property
     def ledger_path(self) -> Path:
         """The bank's privacy ledger."""
-        return self.folder / "ledger.sqlite"
+        return self.folder / self.config.ledger
+
+    @property
+    def source(self) -> str:
+        """Name of the data whose ledger this is."""
+        return self.config.source or self.config.name
 
     @property
     def budget(self) -> Budget:

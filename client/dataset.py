@@ -11,7 +11,7 @@ from polars.exceptions import NoDataError, PanicException, PolarsError
 from metarisk_common.errors import DataError
 from metarisk_common.features import Counts, Encoder
 from metarisk_common.schema import Schema
-from metarisk_common.table import check_table, labels, segments
+from metarisk_common.table import check_table, labels, segments, units, usable_rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Dataset:
         x: (rows, width) float32 model inputs of `metarisk_common.features.Encoder`, rows of norm at most 1.
         y: (rows,) float32 labels, 0 or 1.
         segment: (rows,) of str, or None where the schema names no segment.
+        unit: (rows,) int64, whose each record is, or None where every record is a privacy unit of its own. All
+            records of a unit lie in one segment.
+        dropped: records that were left out, because their cells do not fit or their unit has too many; private.
         counts: what the encoding met; private.
 
     """
@@ -32,6 +35,8 @@ class Dataset:
     y: np.ndarray
     segment: np.ndarray | None
     counts: Counts
+    unit: np.ndarray | None = None
+    dropped: int = 0
 
 
 def read_table(path: Path) -> pl.DataFrame:
@@ -88,25 +93,61 @@ def _check_csv(path: Path) -> None:
         raise DataError(f"{path}: can't be read as CSV (near line {number}); export the table again") from None
 
 
-def load_dataset(path: Path, schema: Schema, institution: str) -> Dataset:
-    """Read, check and encode one institution's file.
+def load_dataset(path: Path, schema: Schema, institution: str, *, drop_unfit: bool = False) -> Dataset:
+    """Read, check and encode one institution's file; `drop_unfit` as for `from_frame`.
 
     Raises:
         DataError: the file can't be read or doesn't fit the schema.
 
     """
-    return from_frame(read_table(path), schema, institution, str(path))
+    return from_frame(read_table(path), schema, institution, str(path), drop_unfit=drop_unfit)
 
 
-def from_frame(frame: pl.DataFrame, schema: Schema, institution: str, where: str) -> Dataset:
+def from_frame(
+    frame: pl.DataFrame, schema: Schema, institution: str, where: str, *, drop_unfit: bool = False
+) -> Dataset:
     """Check and encode one institution's table; `where` opens the message of an error.
+
+    Where a privacy unit has more records than the schema's limit, or in several segments, those are kept that come
+    first in the table among the records in the segment of its first one. The rule looks at one unit at a time, so a
+    unit that is left out changes nothing of any other, and each belongs to one segment and thus to one task.
+
+    Args:
+        frame: one record a row.
+        schema: the public schema of the plan.
+        institution: the bank's name.
+        where: the table's name, for messages.
+        drop_unfit: leave out rows whose own cells do not fit, instead of raising. A bank that answers an order does
+            so: whether one record fits may not decide what the server hears.
 
     Raises:
         DataError: the table doesn't fit the schema.
 
     """
-    check_table(frame, schema, where)
+    rows = frame.height
+    if drop_unfit:
+        frame = frame.filter(usable_rows(frame, schema, where))
+    if frame.height or not drop_unfit:
+        check_table(frame, schema, where)
+    unit = None
+    if schema.privacy_unit is not None:
+        frame, unit = _limited(frame, schema, schema.privacy_unit, where)
     x, counts = Encoder(schema).encode(frame, where)
     y = labels(frame, schema.label, where)
     segment = None if schema.segment is None else segments(frame, schema.segment, where).to_numpy().astype(np.str_)
-    return Dataset(institution=institution, x=x, y=y, segment=segment, counts=counts)
+    return Dataset(institution, x, y, segment, counts, unit, rows - frame.height)
+
+
+def _limited(frame: pl.DataFrame, schema: Schema, name: str, where: str) -> tuple[pl.DataFrame, np.ndarray]:
+    """Keep of each unit what the schema allows, in the table's order; and number the units in order of appearance."""
+    owner = units(frame, name, where)
+    segment = owner if schema.segment is None else segments(frame, schema.segment, where)
+    whose = pl.DataFrame({"unit": owner, "segment": segment}).with_row_index("row")
+    first = pl.col("segment").first().over("unit")
+    number = pl.col("row").first().over("unit").rank("dense") - 1
+    kept = (
+        whose.with_columns(number.cast(pl.Int64).alias("number"))
+        .filter(pl.col("segment") == first)
+        .filter(pl.int_range(pl.len()).over("unit") < schema.max_records_per_unit)
+    )
+    return frame[kept["row"]], kept["number"].to_numpy()

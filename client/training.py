@@ -1,5 +1,7 @@
 """One turn of a bank: an order's meta-parameters in, the privatised meta-update out."""
 
+from dataclasses import replace
+
 import torch
 
 from metarisk_common.algorithms import ALGORITHMS
@@ -9,7 +11,7 @@ from metarisk_common.plan import Plan
 from metarisk_common.tasks import Task, tasks_of
 
 from .dataset import Dataset
-from .dpsgd import private_gradient
+from .dpsgd import private_gradients
 from .rng import SecureRandom
 
 
@@ -22,7 +24,8 @@ def tasks_for(plan: Plan, dataset: Dataset) -> list[Task]:
     """
     x = torch.tensor(dataset.x, dtype=DTYPES[plan.dtype])
     y = torch.tensor(dataset.y, dtype=DTYPES[plan.dtype])
-    return tasks_of(dataset.institution, x, y, dataset.segment, plan.tasks)
+    tasks = tasks_of(dataset.institution, x, y, dataset.segment, plan.tasks, dataset.unit)
+    return [task if task.unit is None else replace(task, unit=torch.from_numpy(task.unit)) for task in tasks]
 
 
 def meta_update(
@@ -47,12 +50,25 @@ def meta_update(
         The meta-update as NumPy arrays, named and shaped as `meta_params`.
 
     """
-    grad_fn = private_gradient(
+    grads_fn = private_gradients(
         build(plan.model, width, plan.dtype),
         record_losses,
         mechanism=plan.mechanism,
         expected_batch_size=plan.mechanism.sample_rate * declared_size / len(tasks),
         rng=rng,
     )
-    algorithm = ALGORITHMS[plan.inner.algorithm]
-    return to_arrays(algorithm(to_tensors(meta_params), tasks, grad_fn, plan.inner))
+    start = to_tensors(meta_params)
+    if plan.inner.algorithm == "reptile":
+        # All tasks step together, each at parameters of its own: one stacked "task" to the algorithm.
+        each = {name: value.expand(len(tasks), *value.shape) for name, value in start.items()}
+        return to_arrays(_mean_over_tasks(ALGORITHMS["reptile"](each, [tasks], grads_fn, plan.inner)))
+
+    def mean_gradient(params: Params, tasks: list[Task]) -> Params:
+        each = {name: value.expand(len(tasks), *value.shape) for name, value in params.items()}
+        return _mean_over_tasks(grads_fn(each, tasks))
+
+    return to_arrays(ALGORITHMS[plan.inner.algorithm](start, [tasks], mean_gradient, plan.inner))
+
+
+def _mean_over_tasks(stacked: Params) -> Params:
+    return {name: value.mean(0) for name, value in stacked.items()}

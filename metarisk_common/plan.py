@@ -6,13 +6,14 @@ so that nothing a bank does can depend on a private count (the contract, point 1
 
 import json
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .config import Frozen, validate
 from .errors import ConfigError
-from .schema import Schema, canonical_hash, canonical_json
+from .privacy import PrivacyEvent
+from .schema import Schema, canonical_hash, canonical_json, left_out_where_unused
 from .tasks import WHOLE_INSTITUTION
 
 PROTOCOL: Final = 1
@@ -80,6 +81,19 @@ class OuterLoop(Frozen):
     deadline_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
 
 
+class ScoreHistograms(Frozen):
+    """Federated metrics: two noised score histograms from each bank, after the last round and at the rounds named.
+
+    `noise_multiplier`: standard deviation of each cell's noise over what one privacy unit can change. The histograms
+    count the very records that are learned from. See `client.scoring` for what is released and its sensitivity.
+    """
+
+    bins: int = Field(default=20, ge=2, le=1000)
+    noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
+    every: int = Field(default=0, ge=0)
+    """Also after every so many rounds; 0: only after the last."""
+
+
 class Plan(Frozen):
     """A run, complete: the data's schema, the model, what banks do, what the server does."""
 
@@ -90,6 +104,7 @@ class Plan(Frozen):
     inner: InnerLoop = InnerLoop()
     mechanism: Mechanism
     outer: OuterLoop = OuterLoop()
+    metrics: ScoreHistograms | None = None
     dtype: Literal["float32", "float64"] = "float32"
 
     @model_validator(mode="after")
@@ -97,6 +112,10 @@ class Plan(Frozen):
         if self.inner.task == "segment" and not self.data.segments:
             raise ValueError('task = "segment" needs the schema to name a segment column and list its public segments')
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_where_unused(handler(self), {"metrics": None})
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -107,6 +126,40 @@ class Plan(Frozen):
     def total_steps(self) -> int:
         """Private steps of a bank that takes part in every round."""
         return self.outer.rounds * self.inner.local_steps
+
+    def evaluates_after(self, round_number: int) -> bool:
+        """Whether the banks are asked for score histograms after this round."""
+        if self.metrics is None:
+            return False
+        last = round_number == self.outer.rounds
+        return last or (self.metrics.every > 0 and round_number % self.metrics.every == 0)
+
+    def train_event(self) -> PrivacyEvent:
+        """What answering one round's training order costs a bank: all its local steps, for every record."""
+        mechanism = self.mechanism
+        return PrivacyEvent(
+            "poisson_gaussian", mechanism.noise_multiplier, mechanism.sample_rate, self.inner.local_steps
+        )
+
+    def evaluate_event(self) -> PrivacyEvent:
+        """What answering one order for score histograms costs.
+
+        Raises:
+            ValueError: the plan asks for none.
+
+        """
+        if self.metrics is None:
+            raise ValueError("the plan asks for no score histograms")
+        return PrivacyEvent("gaussian_histograms", self.metrics.noise_multiplier, 1.0, 1)
+
+    def events(self) -> list[PrivacyEvent]:
+        """What a bank spends that answers every order of the plan."""
+        found = []
+        for number in range(1, self.outer.rounds + 1):
+            found.append(self.train_event())
+            if self.evaluates_after(number):
+                found.append(self.evaluate_event())
+        return found
 
     def hash(self) -> str:
         """SHA-256 of the canonical JSON, hexadecimal: what a bank approves."""

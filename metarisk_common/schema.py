@@ -7,9 +7,9 @@ categories are public constants; nothing in it may be fitted on private records.
 import hashlib
 import json
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from .config import Frozen
 
@@ -132,6 +132,9 @@ class Schema(Frozen):
 
     `segments` is the public list of segments that tasks are made of; which of them a bank has records of is
     private, so every bank works on every one of them. A record of any other belongs to none.
+
+    `privacy_unit` names the column whose value, a customer's number say, is protected as a whole: all the records of
+    one unit count as one, and at most `max_records_per_unit` of them are used. Without it each record is a unit.
     """
 
     label: Label
@@ -139,6 +142,8 @@ class Schema(Frozen):
     segment: Text | None = None
     segments: tuple[str, ...] = ()
     identifier: Text | None = None
+    privacy_unit: Text | None = None
+    max_records_per_unit: int = Field(default=1, ge=1, le=1000)
     columns: tuple[Column, ...] = Field(min_length=1)
     encoding: Encoding = Encoding()
 
@@ -148,6 +153,8 @@ class Schema(Frozen):
             raise ValueError("segments are listed but no segment column is named")
         if len(set(self.segments)) != len(self.segments):
             raise ValueError("a segment stands twice")
+        if self.privacy_unit is None and self.max_records_per_unit != 1:
+            raise ValueError("max_records_per_unit needs privacy_unit, the column that says whose a record is")
         names = [column.name for column in self.columns]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -156,21 +163,31 @@ class Schema(Frozen):
             ("label", self.label.name),
             ("institution", self.institution),
             ("identifier", self.identifier),
+            ("privacy unit", self.privacy_unit),
         ):
             if name and any(name in column.sources for column in self.columns):
                 raise ValueError(f"column '{name}' is the {role} and may not be an input as well")
         return self
 
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_where_unused(handler(self), {"privacy_unit": None, "max_records_per_unit": 1})
+
     @property
     def required(self) -> tuple[str, ...]:
         """Every column that a bank's table must have, the institution aside: a bank knows its own name."""
-        extra = [name for name in (self.label.name, self.segment, self.identifier) if name]
+        extra = [name for name in (self.label.name, self.segment, self.identifier, self.privacy_unit) if name]
         inputs = [name for column in self.columns for name in column.sources]
         return tuple(dict.fromkeys([*inputs, *extra]))
 
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of the schema, hexadecimal."""
         return canonical_hash(self)
+
+
+def left_out_where_unused(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Leave out fields that came later where they have their default: what banks have approved keeps its hash."""
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 def canonical_json(value: Frozen) -> str:

@@ -47,6 +47,52 @@ def check_table(frame: pl.DataFrame, schema: Schema, where: str) -> None:
         segments(frame, schema.segment, where)
     if schema.identifier is not None:
         _check_identifiers(frame, schema.identifier, where)
+    if schema.privacy_unit is not None:
+        units(frame, schema.privacy_unit, where)
+
+
+def usable_rows(frame: pl.DataFrame, schema: Schema, where: str) -> pl.Series:
+    """Tell of every row whether its own cells fit the schema: `(rows,)` booleans.
+
+    Each answer depends on that one record, so whoever leaves out the others makes a record that does not fit count
+    as zero, and nothing that happens afterwards can tell that it was there.
+
+    Raises:
+        DataError: what is wrong is not a row: a column is missing, or is of a kind that the schema cannot mean.
+
+    """
+    require_columns(frame, schema.required, where)
+    fits = pl.Series(values=[True], dtype=pl.Boolean).new_from_index(0, frame.height)
+    for column in schema.columns:
+        if isinstance(column, NumericColumn):
+            for name in column.sources:
+                values, other = _read_floats(frame, name, where)
+                fits = fits & ~other & ~values.is_infinite().fill_null(value=False)
+            if column.missing == "refuse":
+                fits = fits & _quotient(frame, column, where).is_not_null()
+    fits = fits & _label_texts(frame, schema.label, where).is_in(_outcomes(schema.label)).fill_null(value=False)
+    for key in (schema.identifier, schema.privacy_unit):
+        if key is not None:
+            fits = fits & _texts(frame, key, where).is_not_null()
+    return fits
+
+
+def units(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
+    """Read whose each record is: the privacy unit's column as text.
+
+    Raises:
+        DataError: the column is missing or has no plain text, or some records belong to nobody.
+
+    """
+    require_columns(frame, (name,), where)
+    text = _texts(frame, name, where)
+    absent = text.null_count()
+    if absent:
+        raise DataError(
+            f"{where}: privacy unit column '{name}' is empty in {absent} of {frame.height} rows; "
+            "every record must say whose it is, or it cannot be protected together with the others",
+        )
+    return text
 
 
 def check_two_classes(y: np.ndarray, where: str) -> None:
@@ -99,10 +145,9 @@ def numbers(frame: pl.DataFrame, column: NumericColumn, where: str) -> pl.Series
         DataError: cells that aren't numbers, infinite values, or missing values where the schema refuses them.
 
     """
-    values = _floats(frame, column.sources[0], where)
-    if column.divide_by is not None:
-        divisor = _floats(frame, column.divide_by, where)
-        values = values / divisor.replace(0.0, None)
+    for name in column.sources:
+        _check_floats(frame, name, where)
+    values = _quotient(frame, column, where)
     absent = values.null_count()
     if absent and column.missing == "refuse":
         raise DataError(
@@ -142,24 +187,20 @@ def labels(frame: pl.DataFrame, label: Label, where: str) -> np.ndarray:
         DataError: the column is missing, or holds missing cells or any value but the two declared.
 
     """
-    require_columns(frame, (label.name,), where)
-    positive, negative = str(label.positive), str(label.negative)
-    text = _texts(frame, label.name, where, known=(positive, negative))
-    if {positive, negative} == {"0", "1"}:
-        text = text.replace({"true": "1", "false": "0"})
+    text = _label_texts(frame, label, where)
     absent = text.null_count()
     if absent:
         raise DataError(
             f"{where}: label column '{label.name}' is empty in {absent} of {frame.height} rows; "
             "leave out the records whose outcome is not known yet",
         )
-    other = text.filter(~text.is_in([positive, negative]))
+    other = text.filter(~text.is_in(_outcomes(label)))
     if len(other):
         raise DataError(
             f"{where}: label column '{label.name}' holds {other.n_unique()} distinct values other than the two that "
             f"the schema declares, in {len(other)} of {frame.height} rows; leave those rows out or recode them",
         )
-    return (text == positive).cast(pl.Float32).to_numpy()
+    return (text == str(label.positive)).cast(pl.Float32).to_numpy()
 
 
 def split_by_institution(frame: pl.DataFrame, schema: Schema, where: str) -> dict[str, pl.DataFrame]:
@@ -197,29 +238,53 @@ def _check_identifiers(frame: pl.DataFrame, name: str, where: str) -> None:
         )
 
 
-def _floats(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
-    series, rows = frame[name], frame.height
+def _outcomes(label: Label) -> list[str]:
+    return [str(label.positive), str(label.negative)]
+
+
+def _label_texts(frame: pl.DataFrame, label: Label, where: str) -> pl.Series:
+    require_columns(frame, (label.name,), where)
+    outcomes = _outcomes(label)
+    text = _texts(frame, label.name, where, known=tuple(outcomes))
+    return text.replace({"true": "1", "false": "0"}) if set(outcomes) == {"0", "1"} else text
+
+
+def _quotient(frame: pl.DataFrame, column: NumericColumn, where: str) -> pl.Series:
+    values, _ = _read_floats(frame, column.sources[0], where)
+    if column.divide_by is None:
+        return values
+    divisor, _ = _read_floats(frame, column.divide_by, where)
+    return values / divisor.replace(0.0, None)
+
+
+def _read_floats(frame: pl.DataFrame, name: str, where: str) -> tuple[pl.Series, pl.Series]:
+    """Read a column as Float64, with null for what is missing or no number, and tell which cells are no numbers."""
+    series = frame[name]
     if series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null):
         values = series.cast(pl.Float64)
+        other = values.is_null() & series.is_not_null()
     elif series.dtype in (pl.String, pl.Categorical, pl.Enum):
         text = _without_blanks(series.cast(pl.String).str.strip_chars().str.to_lowercase())
         values = text.replace({"true": "1", "false": "0"}).cast(pl.Float64, strict=False)
-        other = values.null_count() - text.null_count()
-        if other:
-            raise DataError(
-                f"{where}: column '{name}' must hold numbers, but {other} of {rows} cells hold other text; "
-                "write numbers like 1234.5, and leave a cell empty where the value is missing",
-            )
+        other = values.is_null() & text.is_not_null()
     else:
         raise DataError(_wrong_kind(where, name, series.dtype, "numbers"))
-    values = values.fill_nan(None)
-    infinite = int(values.is_infinite().sum())
+    return values.fill_nan(None), other
+
+
+def _check_floats(frame: pl.DataFrame, name: str, where: str) -> None:
+    values, others = _read_floats(frame, name, where)
+    other, infinite = int(others.sum()), int(values.is_infinite().sum())
+    if other:
+        raise DataError(
+            f"{where}: column '{name}' must hold numbers, but {other} of {frame.height} cells hold other text; "
+            "write numbers like 1234.5, and leave a cell empty where the value is missing",
+        )
     if infinite:
         raise DataError(
-            f"{where}: column '{name}' holds infinite values in {infinite} of {rows} rows; "
+            f"{where}: column '{name}' holds infinite values in {infinite} of {frame.height} rows; "
             "leave a cell empty where the value is missing",
         )
-    return values
 
 
 def _texts(frame: pl.DataFrame, name: str, where: str, known: tuple[str, ...] = ()) -> pl.Series:

@@ -46,7 +46,14 @@ class FewShotDraw:
     query: np.ndarray
 
 
-def tasks_of(institution: str, x: Array, y: Array, segment: np.ndarray | None, names: Sequence[str]) -> list[Task]:
+def tasks_of(
+    institution: str,
+    x: Array,
+    y: Array,
+    segment: np.ndarray | None,
+    names: Sequence[str],
+    unit: np.ndarray | None = None,
+) -> list[Task]:
     """Cut an institution's records into the tasks of a public list, one for each name in its order.
 
     A record's segment is a public rule on that record alone, so the tasks' records are disjoint. Which segments
@@ -58,17 +65,26 @@ def tasks_of(institution: str, x: Array, y: Array, segment: np.ndarray | None, n
         y: (rows,) labels, likewise.
         segment: (rows,) of str; may be None where the only name is `WHOLE_INSTITUTION`.
         names: public segments; `WHOLE_INSTITUTION` alone for all records as one task.
+        unit: (rows,) int64, whose each record is; None where every record is a unit of its own.
 
     Raises:
         DataError: tasks by segment are asked for and the records have none.
 
     """
     if tuple(names) == (WHOLE_INSTITUTION,):
-        return [Task(institution, WHOLE_INSTITUTION, x, y)]
+        return [Task(institution, WHOLE_INSTITUTION, x, y, _renumbered(unit))]
     if segment is None:
         raise DataError(f"{institution}: the records have no segment; name a segment column in the schema")
     rows_of = {name: np.flatnonzero(segment == name) for name in names}
-    return [Task(institution, name, x[rows], y[rows]) for name, rows in rows_of.items()]
+    return [
+        Task(institution, name, x[rows], y[rows], None if unit is None else _renumbered(unit[rows]))
+        for name, rows in rows_of.items()
+    ]
+
+
+def _renumbered(unit: np.ndarray | None) -> np.ndarray | None:
+    """Number units from 0 without gaps."""
+    return None if unit is None else np.unique(unit, return_inverse=True)[1].astype(np.int64)
 
 
 def few_shot_draw(

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -23,6 +23,8 @@ from .plan import PROTOCOL
 from .privacy import PrivacyEvent
 
 ORDER_FIELDS: Final = frozenset({"protocol", "kind", "run_id", "round", "plan_hash"})
+ECHO_FIELDS: Final = frozenset({"ledger_counter", "ledger_receipt"})
+"""What an order may carry besides: both, or neither while the server has not heard of the bank's ledger."""
 REPORT_FIELDS: Final = frozenset(
     {
         "protocol", "kind", "run_id", "round", "plan_hash", "institution", "declared_size", "receipt", "counter",
@@ -40,17 +42,33 @@ _LARGEST: Final = sys.float_info.max
 
 @dataclass(frozen=True)
 class TrainOrder:
-    """One round's order to one bank. `meta_params`: arrays in the plan's dtype, shaped as the model's."""
+    """One round's order to one bank. `meta_params`: arrays in the plan's dtype, shaped as the model's.
+
+    `ledger_counter` and `ledger_receipt` echo what the server last heard of this bank's ledger: the counter and the
+    receipt of a report that it admitted, or 0 and "". A ledger that does not hold that entry is an old copy.
+    """
 
     run_id: str
     round: int
     plan_hash: str
     meta_params: Params
+    ledger_counter: int = 0
+    ledger_receipt: str = ""
+
+    kind: ClassVar[str] = "order"
 
     def digest(self) -> str:
-        """SHA-256 over everything the order says: two orders with one digest ask for the same release."""
-        head = json.dumps([PROTOCOL, self.run_id, self.round, self.plan_hash])
+        """SHA-256 over what the order asks for, the echo left out: orders with one digest ask for one release."""
+        asked = [] if self.kind == TrainOrder.kind else [self.kind]
+        head = json.dumps([PROTOCOL, *asked, self.run_id, self.round, self.plan_hash])
         return hashlib.sha256(head.encode() + save_arrays(_contiguous(self.meta_params))).hexdigest()
+
+
+@dataclass(frozen=True)
+class EvaluateOrder(TrainOrder):
+    """An order for two noised score histograms of the bank's records at `meta_params`, after a round."""
+
+    kind: ClassVar[str] = "evaluate"
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,15 @@ class TrainReport:
     counter: int
     update: Params
 
+    kind: ClassVar[str] = "report"
+
+
+@dataclass(frozen=True)
+class EvaluateReport(TrainReport):
+    """A bank's answer to an `EvaluateOrder`. `update`: the noised histograms "positives" and "negatives", (bins,)."""
+
+    kind: ClassVar[str] = "histograms"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -87,10 +114,16 @@ class Refusal:
             raise ProtocolError("a refusal's code must be one of the published constants")
 
 
+_ORDERS: Final = {order.kind: order for order in (TrainOrder, EvaluateOrder)}
+_REPORTS: Final = {report.kind: report for report in (TrainReport, EvaluateReport)}
+
+
 def encode_order(order: TrainOrder) -> RecordDict:
     """Build the content of an order's message."""
-    head = {"run_id": order.run_id, "round": order.round, "plan_hash": order.plan_hash}
-    return _pack("order", head, order.meta_params)
+    head: dict[str, Any] = {"run_id": order.run_id, "round": order.round, "plan_hash": order.plan_hash}
+    if order.ledger_receipt:
+        head |= {"ledger_counter": order.ledger_counter, "ledger_receipt": order.ledger_receipt}
+    return _pack(order.kind, head, order.meta_params)
 
 
 def decode_order(content: RecordDict) -> TrainOrder:
@@ -101,17 +134,23 @@ def decode_order(content: RecordDict) -> TrainOrder:
 
     """
     kind, head, arrays = _unpack(content)
-    if kind != "order":
+    if kind not in _ORDERS:
         raise ProtocolError("expected an order")
-    _exactly(head, ORDER_FIELDS)
-    return TrainOrder(_text(head, "run_id"), _integer(head, "round"), _text(head, "plan_hash"), arrays)
+    echo: tuple[int, str] = (0, "")
+    if set(head) & ECHO_FIELDS:
+        _exactly(head, ORDER_FIELDS | ECHO_FIELDS)
+        echo = _integer(head, "ledger_counter"), _text(head, "ledger_receipt")
+    else:
+        _exactly(head, ORDER_FIELDS)
+    asked = _text(head, "run_id"), _integer(head, "round"), _text(head, "plan_hash")
+    return _ORDERS[kind](*asked, arrays, *echo)
 
 
 def encode_reply(reply: TrainReport | Refusal) -> RecordDict:
     """Build the content of a reply's message from the allow-listed fields."""
     if isinstance(reply, Refusal):
         return _pack("refusal", asdict(reply), {})
-    return _pack("report", _report_head(reply), reply.update)
+    return _pack(reply.kind, _report_head(reply), reply.update)
 
 
 def decode_reply(content: RecordDict) -> TrainReport | Refusal:
@@ -127,15 +166,15 @@ def decode_reply(content: RecordDict) -> TrainReport | Refusal:
         if arrays:
             raise ProtocolError("a refusal carries no arrays")
         return Refusal(*_common(head), _text(head, "code"))
-    if kind != "report":
+    if kind not in _REPORTS:
         raise ProtocolError("expected a report or a refusal")
     _exactly(head, REPORT_FIELDS)
-    return TrainReport(*_common(head), *_report_tail(head), update=arrays)
+    return _REPORTS[kind](*_common(head), *_report_tail(head), update=arrays)
 
 
 def report_to_bytes(report: TrainReport) -> bytes:
     """Write a report as safetensors: what the ledger's outbox keeps until the next release."""
-    return save_arrays(_contiguous(report.update), metadata={"report": json.dumps(_report_head(report))})
+    return save_arrays(_contiguous(report.update), metadata={report.kind: json.dumps(_report_head(report))})
 
 
 def report_from_bytes(data: bytes) -> TrainReport:
@@ -148,11 +187,12 @@ def report_from_bytes(data: bytes) -> TrainReport:
     try:
         arrays = load_arrays(data)
         length = int.from_bytes(data[:8], "little")
-        head = dict(json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["report"]))
+        ((kind, said),) = json.loads(data[8 : 8 + length])["__metadata__"].items()
+        head, report = dict(json.loads(said)), _REPORTS[kind]
     except (SafetensorError, ValueError, KeyError, TypeError):
         raise ProtocolError("the stored report cannot be read") from None
     _exactly(head, REPORT_FIELDS - {"protocol", "kind"})
-    return TrainReport(*_common(head), *_report_tail(head), update=dict(arrays))
+    return report(*_common(head), *_report_tail(head), update=dict(arrays))
 
 
 def _report_head(report: TrainReport) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from metarisk_common.histograms import NEGATIVES, POSITIVES
 from metarisk_common.params import Params, l2_norm
 from metarisk_common.plan import Plan
-from metarisk_common.wire import TrainOrder, TrainReport
+from metarisk_common.wire import EvaluateOrder, EvaluateReport, TrainOrder, TrainReport
 
 from .aggregators import fits
 
@@ -24,6 +25,7 @@ def judge(
     *,
     admitted: Mapping[str, str],
     declared_sizes: Mapping[str, int],
+    ledgers: Mapping[str, tuple[int, str]],
 ) -> str | None:
     """Judge a report against the order that it answers.
 
@@ -33,23 +35,28 @@ def judge(
         plan: the run's plan.
         admitted: institutions already admitted in this round, with their receipts.
         declared_sizes: what institutions declared in earlier rounds.
+        ledgers: the newest entry heard of each institution's ledger in earlier rounds, (counter, receipt).
 
     Returns:
-        None if admitted, else one of: "order", "event", "duplicate", "size", "shape", "not-finite", "norm".
+        None if admitted, else one of: "order", "event", "duplicate", "ledger", "size", "shape", "not-finite", "norm".
 
     """
-    if (report.run_id, report.round, report.plan_hash) != (order.run_id, order.round, order.plan_hash):
+    evaluates = isinstance(order, EvaluateOrder)
+    answered = (report.run_id, report.round, report.plan_hash, isinstance(report, EvaluateReport))
+    if answered != (order.run_id, order.round, order.plan_hash, evaluates):
         return "order"
-    event, mechanism = report.event, plan.mechanism
-    promised = (mechanism.noise_multiplier, mechanism.sample_rate, plan.inner.local_steps, "")
-    if (event.noise_multiplier, event.sample_rate, event.steps, event.segment) != promised:
+    if report.event != (plan.evaluate_event() if evaluates else plan.train_event()):
         return "event"
     if report.institution in admitted or report.receipt in admitted.values():
         return "duplicate"
+    if report.counter <= ledgers.get(report.institution, (0, ""))[0]:
+        # Every release has an entry of its own, after all earlier ones: this ledger has gone back.
+        return "ledger"
     size = report.declared_size
     if not 1 <= size <= plan.outer.max_declared_size or declared_sizes.get(report.institution, size) != size:
         return "size"
-    return _judge_update(report.update, order.meta_params, plan, size)
+    found = report.update
+    return _judge_histograms(found, plan, size) if evaluates else _judge_update(found, order.meta_params, plan, size)
 
 
 def _judge_update(update: Params, like: Params, plan: Plan, size: int) -> str | None:
@@ -64,6 +71,20 @@ def _judge_update(update: Params, like: Params, plan: Plan, size: int) -> str | 
         return "norm"
     bound = norm_bound(plan, size, sum(int(np.size(value)) for value in like.values()))
     return "norm" if l2_norm({name: value.astype(np.float64) for name, value in update.items()}) > bound else None
+
+
+def _judge_histograms(found: Params, plan: Plan, size: int) -> str | None:
+    bins, noise_multiplier = (0, 0.0) if plan.metrics is None else (plan.metrics.bins, plan.metrics.noise_multiplier)
+    if set(found) != {POSITIVES, NEGATIVES}:
+        return "shape"
+    if any(value.shape != (bins,) or value.dtype != np.float64 for value in found.values()):
+        return "shape"
+    if not all(bool(np.isfinite(value).all()) for value in found.values()):
+        return "not-finite"
+    most = plan.data.max_records_per_unit
+    # As for an update: what the declared size can count, a little more, and the noise.
+    bound = 2.0 * size * most + noise_multiplier * most * (math.sqrt(2 * bins) + _NOISE_DEVIATIONS)
+    return "norm" if l2_norm(found) > bound else None
 
 
 def norm_bound(plan: Plan, declared_size: int, parameters: int) -> float:

@@ -19,7 +19,7 @@ from metarisk_common.errors import IntegrityError
 from .state import ServerState
 
 MANIFEST = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(folder: Path, state: ServerState, record: dict[str, Any] | None = None) -> None:
@@ -38,6 +38,7 @@ def save_checkpoint(folder: Path, state: ServerState, record: dict[str, Any] | N
         "arrays": name,
         "sha256": digest,
         "declared_sizes": state.declared_sizes,
+        "ledgers": {name: list(heard) for name, heard in state.ledgers.items()},
         "record": record,
     }
     write_atomically(folder / name, data)
@@ -96,6 +97,7 @@ def _read_state(folder: Path, sealed: bytes) -> tuple[ServerState, dict[str, Any
         meta_params=_under("meta/", arrays),
         optimizer_state=_under("optimizer/", arrays),
         declared_sizes=manifest["declared_sizes"],
+        ledgers={name: (counter, receipt) for name, (counter, receipt) in manifest["ledgers"].items()},
     )
     return state, manifest["record"]
 

@@ -6,6 +6,7 @@ every reply at once; this loop does the first two and not the third.
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Message, MessageType
@@ -14,12 +15,12 @@ from flwr.serverapp import Grid
 from metarisk_common.errors import ConfigError, IntegrityError
 from metarisk_common.flower_compat import node_names
 from metarisk_common.plan import Plan
-from metarisk_common.wire import TrainOrder, encode_order
+from metarisk_common.wire import EvaluateOrder, TrainOrder, encode_order
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .journal import append_record, mend_journal
 from .state import ServerState
-from .strategy import aggregate_train, configure_train
+from .strategy import aggregate_evaluate, aggregate_train, configure_evaluate, configure_train
 
 JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoint"
@@ -65,8 +66,13 @@ def play_round(state: ServerState, plan: Plan, grid: Grid, folder: Path) -> Serv
     if not cohort:
         raise ConfigError("no bank is online: start at least one before the run")
     order = configure_train(state, plan)
-    replies = stream_replies(grid, order, cohort, plan.outer.deadline_seconds)
+    replies = stream_replies(grid, order, cohort, plan.outer.deadline_seconds, state.ledgers)
     after, record = aggregate_train(state, plan, order, cohort, replies)
+    if plan.evaluates_after(after.round):
+        question = configure_evaluate(after, plan)
+        answers = stream_replies(grid, question, cohort, plan.outer.deadline_seconds, after.ledgers)
+        after, metrics = aggregate_evaluate(after, plan, question, cohort, answers)
+        record = {**record, "federated_metrics": metrics}
     record = {**record, "run_id": state.run_id, "seconds": round(time.monotonic() - started, 4)}
     save_checkpoint(folder / CHECKPOINT, after, record)
     append_record(folder / JOURNAL, record)
@@ -74,9 +80,15 @@ def play_round(state: ServerState, plan: Plan, grid: Grid, folder: Path) -> Serv
 
 
 def stream_replies(
-    grid: Grid, order: TrainOrder, cohort: Mapping[int, str], deadline_seconds: float
+    grid: Grid,
+    order: TrainOrder,
+    cohort: Mapping[int, str],
+    deadline_seconds: float,
+    ledgers: Mapping[str, tuple[int, str]],
 ) -> Iterator[tuple[int, Message]]:
     """Push an order to every node and yield replies one at a time, until all are in or the deadline has passed.
+
+    Each node's order echoes what `ledgers` says was last heard of its bank's ledger.
 
     Yields:
         The node that was asked, which need not be the one that a failure's message says it is from; and its reply.
@@ -84,12 +96,13 @@ def stream_replies(
     """
     end = time.monotonic() + deadline_seconds
     waiting = {}
+    kind = MessageType.EVALUATE if isinstance(order, EvaluateOrder) else MessageType.TRAIN
     for node_id in sorted(cohort, key=lambda node: (cohort[node], node)):
         # Encoded anew for each node, because Flower may mutate a message it was given. One message a call, in a
         # list: Flower walks through what it is given twice, and all orders together may be too large for it.
-        message = Message(
-            encode_order(order), node_id, MessageType.TRAIN, ttl=deadline_seconds, group_id=str(order.round)
-        )
+        counter, receipt = ledgers.get(cohort[node_id], (0, ""))
+        content = encode_order(replace(order, ledger_counter=counter, ledger_receipt=receipt))
+        message = Message(content, node_id, kind, ttl=deadline_seconds, group_id=str(order.round))
         waiting.update(dict.fromkeys(filter(None, grid.push_messages([message])), node_id))
     while waiting:
         before = len(waiting)

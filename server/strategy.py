@@ -1,6 +1,7 @@
-"""The outer loop's two halves as pure functions: what goes out in a round, and what comes of the replies."""
+"""The outer loop's halves as pure functions: what goes out in a round, and what comes of the replies."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,14 +9,15 @@ import numpy as np
 from flwr.app import Message
 
 from metarisk_common.errors import ProtocolError
-from metarisk_common.params import Params, l2_norm
+from metarisk_common.histograms import NEGATIVES, POSITIVES, summarise
+from metarisk_common.params import Params, add, l2_norm
 from metarisk_common.plan import Plan
-from metarisk_common.wire import Refusal, TrainOrder, TrainReport, decode_reply
+from metarisk_common.wire import EvaluateOrder, Refusal, TrainOrder, TrainReport, decode_reply
 
 from . import aggregators
 from .admission import judge
 from .optimizers import optimizer_for, rate_at
-from .state import ServerState, remember_sizes
+from .state import ServerState, remember_ledgers, remember_sizes
 
 
 def configure_train(state: ServerState, plan: Plan) -> TrainOrder:
@@ -24,17 +26,26 @@ def configure_train(state: ServerState, plan: Plan) -> TrainOrder:
     return TrainOrder(state.run_id, state.round + 1, state.plan_hash, params)
 
 
+def configure_evaluate(state: ServerState, plan: Plan) -> EvaluateOrder:
+    """Build the order for score histograms at the meta-parameters that the round of `state` has ended with."""
+    params = {name: np.asarray(value, plan.dtype) for name, value in state.meta_params.items()}
+    return EvaluateOrder(state.run_id, state.round, state.plan_hash, params)
+
+
 @dataclass
 class Tally:
     """What a round has seen so far; it lives for one round and is turned into the journal's record."""
 
-    mean: aggregators.MeanState
     answered: set[int] = field(default_factory=set)
     receipts: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    norms: list[float] = field(default_factory=list)
+    ledgers: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def absent(self, cohort: Mapping[int, str]) -> list[str]:
+        """List the banks that did not answer in time."""
+        return sorted(name or str(node) for node, name in cohort.items() if node not in self.answered)
 
 
 def aggregate_train(
@@ -54,13 +65,19 @@ def aggregate_train(
         the optimizer stay as they were, and the record says so.
 
     """
-    tally = Tally(aggregators.init(order.meta_params))
-    for node, message in replies:
-        _take(tally, node, message, state, plan, order, cohort)
+    tally = Tally()
+    mean = aggregators.init(order.meta_params)
+    norms = []
+    for report in _admitted(tally, replies, state, plan, order, cohort):
+        mean = aggregators.add(
+            mean, report.update, report.declared_size if plan.outer.weighting == "declared_size" else 1
+        )
+        norms.append(l2_norm(report.update))
     rate = rate_at(plan.outer, order.round)
-    quorum = tally.mean.count >= plan.outer.min_reports
-    update: Params = aggregators.result(tally.mean) if quorum else {}
+    quorum = mean.count >= plan.outer.min_reports
+    update: Params = aggregators.result(mean) if quorum else {}
     after = remember_sizes(replace(state, round=order.round), tally.sizes)
+    after = remember_ledgers(after, tally.ledgers)
     if quorum:
         optimizer_state, meta = optimizer_for(plan.outer).apply(state.optimizer_state, state.meta_params, update, rate)
         after = replace(after, meta_params=meta, optimizer_state=optimizer_state)
@@ -70,9 +87,9 @@ def aggregate_train(
         "admitted": sorted(tally.receipts),
         "refused": dict(sorted(tally.refused.items())),
         "rejected": dict(sorted(tally.rejected.items())),
-        "absent": sorted(name or str(node) for node, name in cohort.items() if node not in tally.answered),
+        "absent": tally.absent(cohort),
         "quorum": quorum,
-        "mean_update_norm": float(np.mean(tally.norms)) if tally.norms else None,
+        "mean_update_norm": float(np.mean(norms)) if norms else None,
         "aggregate_norm": l2_norm(update) if quorum else None,
         "server_learning_rate": rate,
         "order_digest": order.digest(),
@@ -80,7 +97,69 @@ def aggregate_train(
     return after, record
 
 
-def _take(
+def aggregate_evaluate(
+    state: ServerState,
+    plan: Plan,
+    order: EvaluateOrder,
+    cohort: Mapping[int, str],
+    replies: Iterable[tuple[int, Message]],
+) -> tuple[ServerState, dict[str, Any]]:
+    """Sum the banks' score histograms and judge the meta-parameters by them.
+
+    Returns:
+        The state with what was heard of the ledgers, and what the journal keeps: the summed histograms, and AUC, KS
+        and calibration where the noise leaves enough to tell. Below the plan's quorum no histogram is kept.
+
+    """
+    if plan.metrics is None:
+        raise ValueError("the plan asks for no score histograms")
+    tally = Tally()
+    total: Params = {name: np.zeros(plan.metrics.bins) for name in (POSITIVES, NEGATIVES)}
+    for report in _admitted(tally, replies, state, plan, order, cohort):
+        total = add(total, report.update)
+    std = plan.metrics.noise_multiplier * plan.data.max_records_per_unit * math.sqrt(len(tally.receipts))
+    quorum = len(tally.receipts) >= plan.outer.min_reports
+    found = summarise(total, noise_std=std, base_rate=plan.model.base_rate) if quorum else None
+    record: dict[str, Any] = {
+        "admitted": sorted(tally.receipts),
+        "refused": dict(sorted(tally.refused.items())),
+        "rejected": dict(sorted(tally.rejected.items())),
+        "absent": tally.absent(cohort),
+        "quorum": quorum,
+        "noise_std": std,
+        "histograms": {name: [round(float(value), 3) for value in total[name]] for name in total} if quorum else None,
+    }
+    if found is not None:
+        record |= {
+            "auc": found.auc,
+            "auc_noise_std": found.auc_noise_std,
+            "ks": found.ks,
+            "base_rate": found.base_rate,
+            "expected": [float(value) for value in found.expected],
+            "observed": [None if math.isnan(value) else float(value) for value in found.observed],
+        }
+    return remember_ledgers(state, tally.ledgers), record
+
+
+def _admitted(
+    tally: Tally,
+    replies: Iterable[tuple[int, Message]],
+    state: ServerState,
+    plan: Plan,
+    order: TrainOrder,
+    cohort: Mapping[int, str],
+) -> Iterator[TrainReport]:
+    """Yield the reports that are admitted, one at a time, and note in the tally what became of every reply."""
+    for node, message in replies:
+        report = _judged(tally, node, message, state, plan, order, cohort)
+        if report is not None:
+            tally.receipts[report.institution] = report.receipt
+            tally.sizes[report.institution] = report.declared_size
+            tally.ledgers[report.institution] = (report.counter, report.receipt)
+            yield report
+
+
+def _judged(
     tally: Tally,
     node: int,
     message: Message,
@@ -88,34 +167,28 @@ def _take(
     plan: Plan,
     order: TrainOrder,
     cohort: Mapping[int, str],
-) -> None:
+) -> TrainReport | None:
     name = cohort[node] or str(node)
     tally.answered.add(node)
     if message.has_error():
         # Flower's own failures; the text could have come from anywhere, so only the code is kept.
         tally.rejected[name] = f"flower-error-{message.error.code}"
-        return
+        return None
     try:
         reply = decode_reply(message.content)
     except ProtocolError:
         tally.rejected[name] = "protocol"
-        return
+        return None
     if cohort[node] and reply.institution != cohort[node]:
         tally.rejected[name] = "name"
-        return
+        return None
     if isinstance(reply, Refusal):
         tally.refused[reply.institution] = reply.code
-        return
-    verdict = judge(reply, order, plan, admitted=tally.receipts, declared_sizes=state.declared_sizes)
+        return None
+    verdict = judge(
+        reply, order, plan, admitted=tally.receipts, declared_sizes=state.declared_sizes, ledgers=state.ledgers
+    )
     if verdict is not None:
         tally.rejected[name if verdict == "duplicate" else reply.institution] = verdict
-        return
-    _add(tally, reply, plan)
-
-
-def _add(tally: Tally, report: TrainReport, plan: Plan) -> None:
-    weight = report.declared_size if plan.outer.weighting == "declared_size" else 1
-    tally.mean = aggregators.add(tally.mean, report.update, weight)
-    tally.receipts[report.institution] = report.receipt
-    tally.sizes[report.institution] = report.declared_size
-    tally.norms.append(l2_norm(report.update))
+        return None
+    return reply

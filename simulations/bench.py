@@ -14,11 +14,12 @@ from rich.table import Table
 
 from client.app import close_banks
 from client.dataset import load_dataset, read_table
-from client.dpsgd import plain_gradient, private_gradient
+from client.dpsgd import Engine, plain_gradient, private_gradient, private_gradients
 from client.rng import SecureRandom
 from client.training import tasks_for
 from metarisk_common.features import Encoder
 from metarisk_common.models import build, record_losses
+from metarisk_common.params import Params
 from metarisk_common.plan import Mechanism, ModelSpec
 from metarisk_common.tasks import Task
 from server.app import RUN_FOLDER_KEY
@@ -33,45 +34,95 @@ from .scenarios import built_in, data_path, load_scenario
 _REPEATS = 5
 _STEPS = 40
 _ROUNDS = 6
-_MODELS = (
-    ("scorecard, 120 inputs, 2000 rows", ModelSpec(), 120, 2000),
-    ("mlp 30-64-32-1, 256 rows", ModelSpec(kind="mlp", hidden=(64, 32)), 30, 256),
-)
+_TASKS = 8
+_MLP = ModelSpec(kind="mlp", hidden=(64, 32))
+_OPACUS = "private, Opacus hooks"
+_ENGINES: tuple[Engine, ...] = ("closed-form", "opacus")
 
 
 def measure() -> list[dict[str, Any]]:
     """Measure every comparison; each figure is the median of repetitions that took turns with its rival's."""
     torch.set_num_threads(1)
-    return [*(_step(*model) for model in _MODELS), *_rounds()]
+    return [
+        _step("scorecard, 120 inputs, 2000 rows", ModelSpec(), width=120, rows=2000),
+        _step("mlp 30-64-32-1, 256 rows", _MLP, width=30, rows=256),
+        _step("mlp, each of 1024 rows at rate 0.25", _MLP, width=30, rows=1024, sample_rate=0.25),
+        _step("mlp, 256 rows of 64 customers", _MLP, width=30, rows=256, rows_a_unit=4),
+        _tasks(f"mlp, {_TASKS} tasks of 256 rows", _MLP, width=30, rows=256),
+        *_rounds(),
+    ]
 
 
 def table(figures: list[dict[str, Any]]) -> Table:
-    """Show figures with their ratio to the first of each group."""
+    """Show figures with their ratio to the first of each group, and to Opacus where it is a rival."""
     shown = Table(title="Medians on this machine; ratio to the row marked 1.00", title_justify="left")
-    for heading in ("what", "milliseconds", "ratio"):
+    for heading in ("what", "milliseconds", "ratio", "Opacus takes"):
         shown.add_column(heading, justify="left" if heading == "what" else "right")
     for figure in figures:
         for name, seconds in figure["seconds"].items():
-            shown.add_row(f"{figure['what']}: {name}", f"{1000 * seconds:.2f}", f"{figure['ratio'][name]:.2f}")
+            longer = figure["opacus_ratio"].get(name)
+            shown.add_row(
+                f"{figure['what']}: {name}",
+                f"{1000 * seconds:.2f}",
+                f"{figure['ratio'][name]:.2f}",
+                "" if longer is None else f"{longer:.1f} times as long",
+            )
     return shown
 
 
-def _step(what: str, spec: ModelSpec, width: int, rows: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, width, generator=generator) / width**0.5
-    task = Task("bench", "", x, (torch.rand(rows, generator=generator) < 0.2).float())  # noqa: PLR2004 - one in five
-    mechanism = Mechanism(noise_multiplier=4.0, max_grad_norm=1.0)
-    private = private_gradient(
-        build(spec, width), record_losses,
-        mechanism=mechanism, expected_batch_size=float(rows), rng=SecureRandom.from_system(),
+def _step(
+    what: str, spec: ModelSpec, *, width: int, rows: int, sample_rate: float = 1.0, rows_a_unit: int | None = None
+) -> dict[str, Any]:
+    """Compare a private step with a plain one on as many rows as the private one draws on average."""
+    model, task, params = _workload(spec, width, rows)
+    drawn = int(sample_rate * rows)
+    few = Task("bench", "", task.x[:drawn], task.y[:drawn])
+    unit = None if rows_a_unit is None else torch.arange(rows) // rows_a_unit
+    own = Task("bench", "", task.x, task.y, unit)
+    mechanism = Mechanism(noise_multiplier=4.0, max_grad_norm=1.0, sample_rate=sample_rate)
+    plain = plain_gradient(model, record_losses)
+    closed, opacus = (
+        private_gradient(
+            model, record_losses,
+            mechanism=mechanism, expected_batch_size=float(drawn), rng=SecureRandom.from_system(), engine=engine,
+        )
+        for engine in _ENGINES
     )  # fmt: skip
-    plain = plain_gradient(build(spec, width), record_losses)
-    params = {name: value.detach().clone() for name, value in build(spec, width).named_parameters()}
     rivals: dict[str, Callable[[], object]] = {
-        "plain gradient": lambda: plain(params, task),
-        "private, Opacus": lambda: private(params, task),
+        "plain gradient": lambda: plain(params, few),
+        "private, closed form": lambda: closed(params, own),
+        _OPACUS: lambda: opacus(params, own),
     }
     return _compare(f"step, {what}", rivals, times=_STEPS)
+
+
+def _tasks(what: str, spec: ModelSpec, *, width: int, rows: int) -> dict[str, Any]:
+    """Compare a private step of several tasks in one go with one after the other."""
+    model, task, params = _workload(spec, width, rows)
+    tasks = [task] * _TASKS
+    stacked = {name: torch.stack([value] * _TASKS) for name, value in params.items()}
+    public: dict[str, Any] = {
+        "mechanism": Mechanism(noise_multiplier=4.0, max_grad_norm=1.0),
+        "expected_batch_size": float(rows),
+        "rng": SecureRandom.from_system(),
+    }
+    plain = plain_gradient(model, record_losses)
+    private = private_gradient(model, record_losses, **public)
+    at_once = private_gradients(model, record_losses, **public)
+    rivals: dict[str, Callable[[], object]] = {
+        "plain gradients": lambda: [plain(params, each) for each in tasks],
+        "private, one by one": lambda: [private(params, each) for each in tasks],
+        "private, in one go": lambda: at_once(stacked, tasks),
+    }
+    return _compare(f"step, {what}", rivals, times=_STEPS // _TASKS)
+
+
+def _workload(spec: ModelSpec, width: int, rows: int) -> tuple[torch.nn.Module, Task, Params]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, width, generator=generator) / width**0.5
+    y = (torch.rand(rows, generator=generator) < 0.2).float()  # noqa: PLR2004 - one in five
+    model = build(spec, width)
+    return model, Task("bench", "", x, y), {name: value.detach() for name, value in model.named_parameters()}
 
 
 def _rounds() -> list[dict[str, Any]]:
@@ -125,5 +176,10 @@ def _compare(what: str, rivals: dict[str, Callable[[], object]], *, times: int) 
 
 
 def _with_ratios(what: str, seconds: dict[str, float]) -> dict[str, Any]:
-    first = next(iter(seconds.values()))
-    return {"what": what, "seconds": seconds, "ratio": {name: value / first for name, value in seconds.items()}}
+    first, opacus = next(iter(seconds.values())), seconds.get(_OPACUS)
+    return {
+        "what": what,
+        "seconds": seconds,
+        "ratio": {name: value / first for name, value in seconds.items()},
+        "opacus_ratio": {} if opacus is None else {name: opacus / value for name, value in seconds.items()},
+    }

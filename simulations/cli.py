@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import secrets
 import sys
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -29,7 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Epsilon = Annotated[float | None, typer.Option(help="Budget of every bank in place of the scenario's; inf: no noise.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the noise in place of the scenario's: NOT PRIVATE.")]
 SystemNoise = Annotated[bool, typer.Option("--system-noise", help="Real randomness, whatever the scenario's seed.")]
-RUNS = Path("runs")
+RUNS, AUDITS = Path("runs"), Path("audits")
 
 
 @app.callback()
@@ -142,6 +144,40 @@ def bench(as_json: AsJson = False) -> None:  # noqa: FBT002 - a flag
         typer.echo(_json(figures))
     else:
         Console().print(table(figures))
+
+
+@app.command(epilog="Example: metarisk-simulate audit --epsilon 4")
+def audit(
+    epsilon: Annotated[float, typer.Option(help="The claim that is attacked.")] = 4.0,
+    delta: Annotated[float, typer.Option(help="Delta of the claim.")] = 1e-5,
+    canaries: Annotated[int | None, typer.Option(min=100, help="Planted records. Default: 4000.")] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="20,000 canaries, in five banks.")] = False,  # noqa: FBT002 - a flag
+    model: Annotated[str, typer.Option(help="scorecard or mlp.")] = "scorecard",
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds, of 4 private steps each.")] = 5,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the coins, never of noise. Default: random.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The audit's folder. Default: the next audits/audit-001.")] = None,
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Attack the client's privacy with planted canaries; exit code 1 unless the verdict is PASS."""
+    from . import audit as attack  # noqa: PLC0415 - see `_run`
+    from . import audit_page, runfolder  # noqa: PLC0415
+
+    if thorough and canaries is not None:
+        raise ConfigError("--thorough and --canaries exclude each other")
+    request = attack.Request(
+        folder=out or runfolder.unused_folder(AUDITS, "audit"), epsilon=epsilon, delta=delta,
+        canaries=canaries or (attack.THOROUGH if thorough else attack.CANARIES), model=model, rounds=rounds,
+        seed=secrets.randbits(32) if seed is None else seed,
+    )  # fmt: skip
+    with progress_bar("attacking", quiet=as_json) as advance:
+        found = attack.audit(request, advance)
+    audit_page.write(found, created=datetime.now(UTC).isoformat(timespec="seconds"))
+    if as_json:
+        typer.echo(_json(audit_page.summary(found)))
+    else:
+        typer.echo("\n".join([*audit_page.lines(found), "", f"page: {request.folder / audit_page.PAGE}"]))
+    if found.findings.verdict != "PASS":
+        raise typer.Exit(1)
 
 
 def main() -> None:

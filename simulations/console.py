@@ -16,6 +16,7 @@ from .findings import (
     ABSENT,
     PAIRED_DIGITS,
     Estimate,
+    FederatedMetrics,
     Metrics,
     Privacy,
     estimate,
@@ -82,6 +83,19 @@ def differences_table(metrics: Metrics, main_method: str) -> Table | None:
             str(pair["losses"]),
         )
     return table
+
+
+def federated_line(found: FederatedMetrics | None) -> Text | None:
+    """Return what the lenders' own score histograms say of the result; None where they were not asked."""
+    if found is None:
+        return None
+    lenders = f"federated metrics, from the noised score histograms of {len(found['admitted'])} lenders"
+    if "auc" not in found:
+        return Text(f"{lenders}: the noise leaves nothing to judge by")
+    deviation = fixed(found["auc_noise_std"], PAIRED_DIGITS)
+    return Text(
+        f"{lenders}, on the loans learned from: AUC {fixed(found['auc'])} (noise {deviation}), KS {fixed(found['ks'])}"
+    )
 
 
 def privacy_lines(privacy: Privacy) -> RenderableType:

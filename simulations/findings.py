@@ -88,6 +88,19 @@ class Privacy(TypedDict):
     by_institution: Mapping[str, Account]
 
 
+class FederatedMetrics(TypedDict):
+    """What the lenders' summed score histograms say; the figures are absent where the noise leaves nothing to judge."""
+
+    admitted: list[str]
+    noise_std: float
+    auc: NotRequired[float]
+    auc_noise_std: NotRequired[float]
+    ks: NotRequired[float]
+    base_rate: NotRequired[float]
+    expected: NotRequired[list[float]]
+    observed: NotRequired[list[float | None]]
+
+
 class Round(TypedDict):
     """One line of the journal. `cohort`, `admitted`: counts or names.
 
@@ -105,6 +118,7 @@ class Round(TypedDict):
     quorum: NotRequired[bool]
     mean_update_norm: float | None
     server_learning_rate: float | None
+    federated_metrics: NotRequired[FederatedMetrics]
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

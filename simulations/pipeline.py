@@ -12,15 +12,14 @@ from rich.console import Console
 from client.dataset import read_table
 from metarisk_common.commands import progress_bar
 from metarisk_common.errors import ConfigError
+from metarisk_common.schema import Schema
 
 from . import experiment, results, runfolder
-from .console import RoundProgress, differences_table, privacy_lines, results_table
+from .console import RoundProgress, differences_table, federated_line, privacy_lines, results_table
 from .findings import Account, Metrics, Privacy, Round
 from .report import ReportData, write_report
 from .runfolder import RunFolder
 from .scenarios import Scenario, data_path, load_scenario
-
-UNIT = "one record of one institution"
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,13 @@ def execute(request: Request) -> dict[str, Any]:
     differences = differences_table(shown, measured.main_method)
     if differences is not None:
         out.print(differences)
+    records = cast("list[Round]", run.journal())
+    federated = records[-1].get("federated_metrics")
+    line = federated_line(federated)
+    if line is not None:
+        out.print(line)
     out.print(privacy_lines(privacy))
-    short = sum(not record["quorum"] for record in run.journal())
+    short = sum(not record["quorum"] for record in records)
     if short:
         _print(out, f"{short} round(s) had too few reports to learn from; see: metarisk-server status {run.path}")
     if run.not_private:
@@ -76,6 +80,7 @@ def execute(request: Request) -> dict[str, Any]:
         "summary": measured.metrics["summary"],
         "paired": measured.metrics["paired"],
         "privacy": privacy,
+        "federated_metrics": federated,
     }
 
 
@@ -107,9 +112,15 @@ def privacy_of(run: RunFolder) -> Privacy:
     return {
         "epsilon_budget": run.epsilon,
         "delta": run.plan.mechanism.delta,
-        "unit": UNIT,
+        "unit": _unit(run.plan.data),
         "by_institution": cast("dict[str, Account]", run.spent()),
     }
+
+
+def _unit(schema: Schema) -> str:
+    if schema.privacy_unit is None:
+        return "one record of one institution"
+    return f"all records of one '{schema.privacy_unit}' (at most {schema.max_records_per_unit}) of one institution"
 
 
 def report_data(run: RunFolder, measured: results.Results, privacy: Privacy, command: str) -> ReportData:

@@ -99,6 +99,7 @@ def render_report(report: ReportData) -> str:
             [0, *(cell.get("institutions", 0) for cells in metrics["summary"].values() for cell in cells.values())]
         ),
         noise_off=not math.isfinite(privacy["epsilon_budget"]),
+        federated=report.journal[-1].get("federated_metrics") if report.journal else None,
         refusals=_refusals(report.journal),
         charts=_charts(report),
         plan_hash=plan_hash(report.plan),

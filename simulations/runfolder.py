@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from client.app import FOLDER_KEY
-from client.config import APPROVED_FOLDER, CONFIG_FILE
+from client.app import FOLDER_KEY, SIMULATION_KEY
+from client.approval import approve
+from client.config import CONFIG_FILE
 from client.ledger import Ledger
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError, DataError
@@ -88,7 +89,9 @@ class RunFolder:
 
     def nodes(self) -> list[Node]:
         """The banks as nodes of a grid."""
-        return [Node(name, {FOLDER_KEY: str(folder)}) for name, folder in self.bank_folders.items()]
+        return [
+            Node(name, {FOLDER_KEY: str(folder), SIMULATION_KEY: "yes"}) for name, folder in self.bank_folders.items()
+        ]
 
     def spent(self) -> dict[str, dict[str, float]]:
         """Read from each bank's ledger what it has spent; a bank that was never asked has spent nothing."""
@@ -135,7 +138,7 @@ def prepare(
         _check_institution(scenario, name, labels(table, scenario.columns.label, where), name in parts.unseen, where)
     budget = scenario.privacy.epsilon if epsilon is None else epsilon
     plan = scenario.plan(epsilon=budget)
-    _check_limits(scenario, {name: tables[name].height for name in parts.seen})
+    _check_limits(scenario, {name: _size(tables[name], scenario.columns) for name in parts.seen})
     try:
         # Laid out beside its place and moved there whole: a folder that exists is complete.
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +180,7 @@ def _lay_out(
         "plan_hash": plan.hash(),
         "banks": folders,
         "unseen": list(parts.unseen),
-        "declared_sizes": {name: tables[name].height for name in parts.seen},
+        "declared_sizes": {name: _size(tables[name], scenario.columns) for name in parts.seen},
         "versions": {package: version(package) for package in PACKAGES},
     }
     write_atomically(path / "run.json", json.dumps(info, indent=1).encode())
@@ -257,22 +260,27 @@ def _check_limits(scenario: Scenario, sizes: Mapping[str, int]) -> None:
 
 
 def _write_bank(folder: Path, name: str, table: pl.DataFrame, scenario: Scenario, plan: Plan, budget: float) -> None:
-    approved = folder / APPROVED_FOLDER
-    approved.mkdir(parents=True)
+    folder.mkdir(parents=True)
     table.write_parquet(folder / "data.parquet")
-    (approved / f"{plan.hash()}.json").write_text(plan.to_json(), encoding="utf-8")
     lines = [
         f"name = {_toml_text(name)}",
         'data = "data.parquet"',
-        f"declared_size = {table.height}",
+        f"declared_size = {_size(table, plan.data)}",
         "",
         "[policy]",
         f"epsilon = {'inf' if math.isinf(budget) else repr(float(budget))}",
         f"delta = {scenario.privacy.delta!r}",
+        f"min_noise_multiplier = {min(0.5, plan.mechanism.noise_multiplier)!r}",
     ]
     if scenario.seed is not None:
         lines += ["", "[simulation]   # reproducible noise: NOT PRIVATE", f"seed = {scenario.seed}"]
     (folder / CONFIG_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    approve(folder, plan)
+
+
+def _size(table: pl.DataFrame, schema: Schema) -> int:
+    """Count what is protected: records, or privacy units where the schema names them."""
+    return table.height if schema.privacy_unit is None else table[schema.privacy_unit].n_unique()
 
 
 def _toml_text(text: str) -> str:

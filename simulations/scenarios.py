@@ -11,10 +11,11 @@ from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from metarisk_common.calibration import noise_multiplier_for
 from metarisk_common.config import Frozen, load_toml
 from metarisk_common.errors import ConfigError
-from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan
-from metarisk_common.privacy import noise_multiplier_for
+from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan, ScoreHistograms
+from metarisk_common.privacy import PrivacyEvent
 from metarisk_common.schema import Schema
 
 BUILT_IN = {"credit": "sba.toml"}
@@ -38,6 +39,14 @@ class Privacy(Frozen):
     delta: float = Field(default=1e-5, gt=0, lt=1e-2)
     max_grad_norm: float = Field(default=0.7, gt=0, allow_inf_nan=False)
     sample_rate: float = Field(default=1.0, gt=0, le=1)
+
+
+class FederatedMetrics(Frozen):
+    """Score histograms that the banks release, charged to the same budget; see `metarisk_common.plan`."""
+
+    bins: int = Field(default=20, ge=2, le=1000)
+    noise_multiplier: float = Field(default=15.0, gt=0, allow_inf_nan=False)
+    every: int = Field(default=0, ge=0)
 
 
 class Splits(Frozen):
@@ -83,6 +92,7 @@ class Scenario(Frozen):
     training: InnerLoop = InnerLoop(learning_rate=6.0)
     server: OuterLoop = OuterLoop(learning_rate=4.0, momentum=0.8)
     privacy: Privacy = Privacy()
+    metrics: FederatedMetrics | None = None
     splits: Splits = Splits()
     evaluation: Evaluation = Evaluation()
 
@@ -114,7 +124,9 @@ class Scenario(Frozen):
         noise, clip = 0.0, None
         if math.isfinite(target):
             clip = privacy.max_grad_norm
-            noise = noise_multiplier_for(target, privacy.delta, sample_rate=privacy.sample_rate, steps=steps)
+            noise = noise_multiplier_for(
+                target, privacy.delta, sample_rate=privacy.sample_rate, steps=steps, others=self._metrics_events()
+            )
         mechanism = Mechanism(
             sample_rate=privacy.sample_rate, max_grad_norm=clip, noise_multiplier=noise, delta=privacy.delta
         )
@@ -125,7 +137,23 @@ class Scenario(Frozen):
             inner=self.training,
             mechanism=mechanism,
             outer=self.server,
+            metrics=self._histograms(noise_off=noise == 0),
         )
+
+    def _histograms(self, *, noise_off: bool = False) -> ScoreHistograms | None:
+        metrics = self.metrics
+        if metrics is None:
+            return None
+        noise = 0.0 if noise_off else metrics.noise_multiplier
+        return ScoreHistograms(bins=metrics.bins, noise_multiplier=noise, every=metrics.every)
+
+    def _metrics_events(self) -> list[PrivacyEvent]:
+        """What the histograms of a whole run cost: it is known before the training's noise is."""
+        bare = Plan(
+            name=self.name, data=self.columns, mechanism=Mechanism(noise_multiplier=1.0),
+            outer=self.server, metrics=self._histograms(),
+        )  # fmt: skip
+        return [event for event in bare.events() if event != bare.train_event()]
 
     def joint(self) -> "Scenario":
         """The same experiment as joint training: one step a round, as many steps and the same budget in all."""
@@ -134,7 +162,7 @@ class Scenario(Frozen):
         # 6 at momentum 0.9 did best for joint training in cross-validation over the training lenders of the loans.
         outer = {"rounds": steps, "learning_rate": 6.0, "optimizer": "momentum", "momentum": 0.9}
         server = self.server.model_copy(update=outer)
-        return self.model_copy(update={"training": training, "server": server})
+        return self.model_copy(update={"training": training, "server": server, "metrics": None})
 
 
 @dataclass(frozen=True)

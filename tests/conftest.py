@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import typer
 
+from client.approval import approve
 from metarisk_common.commands import run_app
 from metarisk_common.plan import Plan
 from simulations.scenarios import load_scenario
@@ -123,13 +124,12 @@ def call_app(app: typer.Typer, *arguments: object) -> tuple[int, str, str]:
 
 def write_bank(folder: Path, plan: Plan, frame: pl.DataFrame, *, epsilon: float = 4.0, seed: int | None = 7) -> Path:
     """Write a bank's folder whose plan is approved; `seed` makes its noise repeatable."""
-    approved = folder / "approved"
-    approved.mkdir(parents=True)
-    (approved / f"{plan.hash()}.json").write_text(plan.to_json(), encoding="utf-8")
+    folder.mkdir(parents=True)
     frame.write_csv(folder / "loans.csv")
     text = f'name = "Lender A"\ndata = "loans.csv"\ndeclared_size = 220\n[policy]\nepsilon = {epsilon}\ndelta = 1e-4\n'
     simulation = "" if seed is None else f"[simulation]\nseed = {seed}\n"
     (folder / "institution.toml").write_text(text + simulation, encoding="utf-8")
+    approve(folder, plan)
     return folder
 
 

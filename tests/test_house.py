@@ -270,3 +270,15 @@ def test_the_commands_of_the_readme_exist() -> None:
         else:
             assert command in PROJECT["scripts"], command
             assert not verbs or re.search(rf"^\W*{verbs[0]}\b", help_of(command), flags=re.MULTILINE), arguments
+
+
+def test_the_tests_that_the_documents_name_exist() -> None:
+    named = {(path, *found) for path in tracked() if path.suffix == ".md" and path.parts[0] == "docs"
+             for found in re.findall(r"`([\w/]+\.py)::(\w+)`", read(path))}  # fmt: skip
+    assert named
+    missing = [
+        f"{document}: {file}::{test}"
+        for document, file, test in named
+        if not (ROOT / "tests" / file).is_file() or f"def {test}(" not in read(Path("tests") / file)
+    ]
+    assert missing == []

@@ -16,7 +16,7 @@ import client.training
 from client.bank import Bank, noise_source
 from client.config import load_institution
 from client.dataset import from_frame, load_dataset
-from client.dpsgd import private_gradient
+from client.dpsgd import private_gradients
 from client.rng import SecureRandom
 from client.training import meta_update, tasks_for
 from metarisk_common.errors import ConfigError
@@ -50,7 +50,7 @@ def opened(tmp_path: Path, make_bank: MakeBank, plan: Plan) -> Iterator[Callable
 
     def call(frame: pl.DataFrame, **choices: Any) -> Bank:
         of = choices.pop("plan", plan)
-        banks.append(Bank(make_bank(tmp_path / f"bank-{len(banks)}", of, frame, **choices)))
+        banks.append(Bank(make_bank(tmp_path / f"bank-{len(banks)}", of, frame, **choices), simulation=True))
         return banks[-1]
 
     yield call
@@ -78,16 +78,16 @@ def test_sigma_divisor_and_steps_are_those_of_the_plan_whatever_the_records(
     seen: list[list[Any]] = []
 
     def watched(*arguments: Any, **public: Any) -> Any:
-        gradient = private_gradient(*arguments, **public)
+        gradient = private_gradients(*arguments, **public)
         seen.append([public["mechanism"], public["expected_batch_size"], 0])
 
-        def counted(params: Any, task: Any) -> Any:
+        def counted(params: Any, tasks: Any) -> Any:
             seen[-1][2] += 1
-            return gradient(params, task)
+            return gradient(params, tasks)
 
         return counted
 
-    monkeypatch.setattr(client.training, "private_gradient", watched)
+    monkeypatch.setattr(client.training, "private_gradients", watched)
     one_class = own.with_columns(pl.lit("good").alias("outcome"))
     for frame in (own, pl.concat([own, own.head(1)]), own.head(3), flipped(own, 0), one_class):
         assert isinstance(ask(opened(frame), order), TrainReport)

@@ -12,11 +12,13 @@ from scipy import stats
 from torch import Tensor, nn
 
 from client.dpsgd import plain_gradient, private_gradient
+from client.mechanism import RecordLoss
 from client.rng import SecureRandom
 from metarisk_common.algorithms import GradFn
 from metarisk_common.params import Params, l2_norm, sub
 from metarisk_common.plan import Mechanism
 
+Build = Callable[..., GradFn]
 FEATURES = 6
 CLIP = 0.3
 
@@ -25,6 +27,7 @@ CLIP = 0.3
 class Records:
     x: Tensor
     y: Tensor
+    unit: Tensor | None = None
 
 
 def loss(outputs: Tensor, y: Tensor) -> Tensor:
@@ -56,18 +59,25 @@ def records(rows: int, seed: int = 1, scale: float = 1.0, dtype: torch.dtype = t
     return Records(x, torch.from_numpy(random.integers(0, 2, rows)).to(dtype))
 
 
-def engine(
-    model: nn.Module,
-    *,
-    noise: float = 0.0,
-    clip: float | None = CLIP,
-    rate: float = 1.0,
-    expected: float = 10.0,
-    seed: int | None = None,
-) -> GradFn:
-    rng = SecureRandom.from_system() if seed is None else SecureRandom.seeded(seed)
-    mechanism = Mechanism(sample_rate=rate, max_grad_norm=clip, noise_multiplier=noise)
-    return private_gradient(model, loss, mechanism=mechanism, expected_batch_size=expected, rng=rng)
+@pytest.fixture(scope="session", params=["closed-form", "opacus"])
+def engine(request: pytest.FixtureRequest) -> Build:
+    def build(
+        model: nn.Module,
+        *,
+        noise: float = 0.0,
+        clip: float | None = CLIP,
+        rate: float = 1.0,
+        expected: float = 10.0,
+        seed: int | None = None,
+        of: RecordLoss = loss,
+    ) -> GradFn:
+        rng = SecureRandom.from_system() if seed is None else SecureRandom.seeded(seed)
+        mechanism = Mechanism(sample_rate=rate, max_grad_norm=clip, noise_multiplier=noise)
+        return private_gradient(
+            model, of, mechanism=mechanism, expected_batch_size=expected, rng=rng, engine=request.param
+        )
+
+    return build
 
 
 def naive(model: nn.Module, params: Params, task: Records, *, clip: float, expected: float) -> Params:
@@ -96,7 +106,7 @@ def flat(params: Params) -> np.ndarray:
 @MODELS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 1e-5)])
 def test_without_noise_it_is_the_naive_loop_over_records(
-    build: Callable[[torch.dtype], nn.Module], dtype: torch.dtype, tolerance: float
+    engine: Build, build: Callable[[torch.dtype], nn.Module], dtype: torch.dtype, tolerance: float
 ) -> None:
     model = build(dtype)
     params, task = params_of(model), records(40, dtype=dtype)
@@ -111,7 +121,7 @@ def test_without_noise_it_is_the_naive_loop_over_records(
 @MODELS
 @pytest.mark.parametrize("clip", [None, 1e9])
 def test_without_privacy_the_private_engine_is_the_plain_one(
-    build: Callable[[], nn.Module], clip: float | None
+    engine: Build, build: Callable[[], nn.Module], clip: float | None
 ) -> None:
     model = build()
     params, task = params_of(model), records(30)
@@ -136,7 +146,7 @@ def test_the_plain_gradient_is_that_of_the_mean_loss() -> None:
 )
 @MODELS
 def test_no_record_moves_the_sum_by_more_than_the_clip_norm(
-    build: Callable[[], nn.Module], seed: int, rows: int, scale: float, clip: float, expected: float
+    engine: Build, build: Callable[[], nn.Module], seed: int, rows: int, scale: float, clip: float, expected: float
 ) -> None:
     model = build()
     params, task = params_of(model, seed), records(rows, seed, scale)
@@ -148,7 +158,9 @@ def test_no_record_moves_the_sum_by_more_than_the_clip_norm(
 
 @MODELS
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e200])
-def test_a_record_that_is_not_finite_counts_as_zero(build: Callable[[], nn.Module], poison: float) -> None:
+def test_a_record_that_is_not_finite_counts_as_zero(
+    engine: Build, build: Callable[[], nn.Module], poison: float
+) -> None:
     model = build()
     params, task = params_of(model), records(8)
     x = task.x.clone()
@@ -163,7 +175,7 @@ def test_a_record_that_is_not_finite_counts_as_zero(build: Callable[[], nn.Modul
         assert_close(found, expected, 1e-12)
 
 
-def test_a_label_that_is_not_a_number_counts_as_zero() -> None:
+def test_a_label_that_is_not_a_number_counts_as_zero(engine: Build) -> None:
     model = scorecard()
     params, task = params_of(model), records(3)
     y = task.y.clone()
@@ -173,7 +185,9 @@ def test_a_label_that_is_not_a_number_counts_as_zero() -> None:
 
 @pytest.mark.parametrize(("rate", "rows"), [(1e-12, 50), (1.0, 0), (0.5, 0)])
 @MODELS
-def test_an_empty_batch_is_noised_like_any_other(build: Callable[[], nn.Module], rate: float, rows: int) -> None:
+def test_an_empty_batch_is_noised_like_any_other(
+    engine: Build, build: Callable[[], nn.Module], rate: float, rows: int
+) -> None:
     model = build()
     params, task = params_of(model), records(rows)
     grad_fn = engine(model, noise=3.0, rate=rate, expected=5.0, seed=1)
@@ -182,7 +196,7 @@ def test_an_empty_batch_is_noised_like_any_other(build: Callable[[], nn.Module],
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_noise_has_the_promised_standard_deviation_and_is_fresh(dtype: torch.dtype) -> None:
+def test_the_noise_has_the_promised_standard_deviation_and_is_fresh(engine: Build, dtype: torch.dtype) -> None:
     model = mlp(dtype)
     params, task = params_of(model), records(20, dtype=dtype)
     quiet = flat(engine(model, expected=20.0)(params, task))
@@ -195,7 +209,7 @@ def test_the_noise_has_the_promised_standard_deviation_and_is_fresh(dtype: torch
     assert abs(np.corrcoef(noise[1:].ravel(), noise[:-1].ravel())[0, 1]) < 5 / noise.size**0.5
 
 
-def test_neither_noise_nor_scale_depends_on_how_many_records_there_are() -> None:
+def test_neither_noise_nor_scale_depends_on_how_many_records_there_are(engine: Build) -> None:
     model = scorecard()
     params = params_of(model)
     released = []
@@ -207,7 +221,7 @@ def test_neither_noise_nor_scale_depends_on_how_many_records_there_are() -> None
 
 
 @pytest.mark.parametrize("clip", [CLIP, None])
-def test_records_are_drawn_at_the_sample_rate_and_divided_by_the_public_size(clip: float | None) -> None:
+def test_records_are_drawn_at_the_sample_rate_and_divided_by_the_public_size(engine: Build, clip: float | None) -> None:
     model = scorecard()
     params, task = params_of(model), records(40, scale=0.1)
     grad_fn = engine(model, clip=clip, rate=0.25, expected=10.0, seed=4)
@@ -221,7 +235,7 @@ def test_records_are_drawn_at_the_sample_rate_and_divided_by_the_public_size(cli
     assert found.var(0) == pytest.approx(0.25 * 0.75 * (each**2).sum(0) / 100, rel=0.2)
 
 
-def test_torch_seeds_do_not_steer_the_noise() -> None:
+def test_torch_seeds_do_not_steer_the_noise(engine: Build) -> None:
     model = scorecard()
     params, task = params_of(model), records(5)
     grad_fn = engine(model, noise=1.0)
@@ -233,7 +247,7 @@ def test_torch_seeds_do_not_steer_the_noise() -> None:
 
 
 @MODELS
-def test_the_callers_model_parameters_and_records_are_left_alone(build: Callable[[], nn.Module]) -> None:
+def test_the_callers_model_parameters_and_records_are_left_alone(engine: Build, build: Callable[[], nn.Module]) -> None:
     model = build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     params, task = params_of(model), records(5)
@@ -269,7 +283,7 @@ def test_no_per_record_gradient_survives_an_error(monkeypatch: pytest.MonkeyPatc
     model = scorecard()
     mechanism = Mechanism(sample_rate=1.0, max_grad_norm=CLIP, noise_multiplier=1.0)
     rng = BrokenRandom.seeded(0)
-    grad_fn = private_gradient(model, loss, mechanism=mechanism, expected_batch_size=5.0, rng=rng)
+    grad_fn = private_gradient(model, loss, mechanism=mechanism, expected_batch_size=5.0, rng=rng, engine="opacus")
     with pytest.raises(OSError, match="no randomness"):
         grad_fn(params_of(model), records(5))
     for parameter in built[0].parameters():
@@ -279,24 +293,20 @@ def test_no_per_record_gradient_survives_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("expected", [0.0, -1.0, np.inf, np.nan])
-def test_the_divisor_must_be_a_public_positive_number(expected: float) -> None:
+def test_the_divisor_must_be_a_public_positive_number(engine: Build, expected: float) -> None:
     with pytest.raises(ValueError, match="expected_batch_size"):
         engine(scorecard(), expected=expected)
 
 
 @pytest.mark.parametrize("clip", [CLIP, None])
-def test_foreign_parameters_are_refused(clip: float | None) -> None:
+def test_foreign_parameters_are_refused(engine: Build, clip: float | None) -> None:
     model = scorecard()
     with pytest.raises(ValueError, match="params must hold"):
         engine(model, clip=clip)({**params_of(model), "other": torch.zeros(1)}, records(3))
 
 
-def test_a_loss_over_the_whole_batch_is_refused() -> None:
+def test_a_loss_over_the_whole_batch_is_refused(engine: Build) -> None:
     model = scorecard()
-    mechanism = Mechanism(sample_rate=1.0, max_grad_norm=CLIP, noise_multiplier=1.0)
-    rng = SecureRandom.from_system()
-    grad_fn = private_gradient(
-        model, lambda outputs, y: loss(outputs, y).mean(), mechanism=mechanism, expected_batch_size=3.0, rng=rng
-    )
+    grad_fn = engine(model, noise=1.0, of=lambda outputs, y: loss(outputs, y).mean())
     with pytest.raises(ValueError, match="one value a record"):
         grad_fn(params_of(model), records(3))

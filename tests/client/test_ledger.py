@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ def key(number: int, run: str = "run", digest: str = "digest") -> OrderKey:
     return OrderKey(run_id=run, round=number, plan_hash="plan", order_digest=digest)
 
 
-def open_ledger(path: Path, budget: Budget = BUDGET, source: str = "loans") -> Ledger:
-    return Ledger.open(path, source=source, budget=budget)
+def open_ledger(path: Path, budget: Budget = BUDGET, source: str = "loans", now: float | None = None) -> Ledger:
+    """A ledger under which "plan" is approved, which its second entry says."""
+    ledger = Ledger.open(path, source=source, budget=budget, now=now)
+    ledger.approve("plan", now=now)
+    return ledger
 
 
 @pytest.fixture
@@ -144,7 +148,7 @@ def test_another_order_under_the_same_round_is_a_conflict(ledger: Ledger) -> Non
         assert refusal.value.code == "conflict"
     ledger.release(reservation, b"report")
     assert ledger.released_report(key(1, digest="other")) is None
-    assert ledger.counter == 3
+    assert ledger.counter == 4
 
 
 def test_a_reservation_of_another_ledger_is_refused(ledger: Ledger, tmp_path: Path) -> None:
@@ -154,6 +158,21 @@ def test_a_reservation_of_another_ledger_is_refused(ledger: Ledger, tmp_path: Pa
     with pytest.raises(RefusedError) as refusal:
         ledger.release(foreign, b"report")
     assert refusal.value.code == "conflict"
+
+
+def test_a_round_has_one_turn_for_training_and_one_for_evaluation(ledger: Ledger, path: Path) -> None:
+    train, evaluate = key(1), replace(key(1), kind="evaluate")
+    for turn, report in ((train, b"update"), (evaluate, b"histograms")):
+        ledger.release(ledger.reserve(turn, EVENT), report)
+    assert ledger.spent() == epsilon([EVENT] * 2, BUDGET.delta)
+    with open_ledger(path) as again:
+        assert [again.released_report(turn) for turn in (train, evaluate)] == [b"update", b"histograms"]
+        for turn in (train, evaluate):
+            with pytest.raises(RefusedError) as refusal:
+                again.reserve(turn, EVENT)
+            assert refusal.value.code == "replayed"
+    with pytest.raises(ValueError, match="kind"):
+        replace(key(1), kind="guess")
 
 
 def test_the_outbox_keeps_the_newest_report_of_each_run(ledger: Ledger) -> None:
@@ -171,8 +190,9 @@ def test_the_outbox_keeps_the_newest_report_of_each_run(ledger: Ledger) -> None:
 def test_a_new_ledger_is_the_banks_alone(ledger: Ledger, path: Path) -> None:
     ledger.reserve(key(1), EVENT)
     assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
-    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}-wal", f"{path.name}-shm"}
-    assert (ledger.source, ledger.budget, ledger.counter) == ("loans", BUDGET, 2)
+    names = {path.name, f"{path.name}-wal", f"{path.name}-shm", "ledger.key", "ledger.head"}
+    assert {file.name for file in path.parent.iterdir()} == names
+    assert (ledger.source, ledger.budget, ledger.counter) == ("loans", BUDGET, 3)
 
 
 def test_source_and_delta_are_fixed_at_creation(path: Path) -> None:
@@ -182,7 +202,7 @@ def test_source_and_delta_are_fixed_at_creation(path: Path) -> None:
     with pytest.raises(ConfigError, match="delta 1e-05, which stays"):
         open_ledger(path, Budget(3.0, 1e-6))
     with Ledger.read(path) as ledger:
-        assert ledger.counter == 1
+        assert ledger.counter == 2
 
 
 def test_more_epsilon_is_a_recorded_change_of_policy(path: Path) -> None:
@@ -192,9 +212,9 @@ def test_more_epsilon_is_a_recorded_change_of_policy(path: Path) -> None:
         open_ledger(path, more)
     with Ledger.open(path, source="loans", budget=more, allow_increase=True) as ledger:
         assert ledger.budget == more
-        assert [entry.kind for entry in ledger.entries()] == ["create", "budget"]
+        assert [entry.kind for entry in ledger.entries()] == ["create", "approve", "budget"]
     with open_ledger(path, more) as ledger:
-        assert ledger.counter == 2
+        assert ledger.counter == 3
 
 
 def test_less_epsilon_binds_at_once(path: Path) -> None:
@@ -211,7 +231,7 @@ def test_reading_changes_nothing(path: Path) -> None:
         reservation = ledger.reserve(key(1), EVENT)
     before = path.read_bytes()
     with Ledger.read(path) as reader:
-        assert [entry.kind for entry in reader.entries()] == ["create", "reserve"]
+        assert [entry.kind for entry in reader.entries()] == ["create", "approve", "reserve"]
         reader.verify()
         for attempt in (lambda: reader.reserve(key(2), EVENT), lambda: reader.abandon(reservation)):
             with pytest.raises(ValueError, match="opened for reading"):
@@ -219,19 +239,20 @@ def test_reading_changes_nothing(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_entries_carry_the_time_they_were_given(ledger: Ledger) -> None:
-    reservation = ledger.reserve(key(1), EVENT, now=12.5)
-    ledger.release(reservation, b"report", now=13.5)
-    assert [entry.time_seconds for entry in ledger.entries()][1:] == [12.5, 13.5]
+def test_entries_carry_the_time_they_were_given(path: Path) -> None:
+    with open_ledger(path, now=12.0) as ledger:
+        reservation = ledger.reserve(key(1), EVENT, now=12.5)
+        ledger.release(reservation, b"report", now=13.5)
+        assert [entry.time_seconds for entry in ledger.entries()] == [12.0, 12.0, 12.5, 13.5]
 
 
-def test_a_receipt_does_not_betray_the_time(tmp_path: Path) -> None:
+def test_a_receipt_does_not_betray_the_time(path: Path, tmp_path: Path) -> None:
     receipts = []
+    open_ledger(path, now=1.0).close()
     for name in ("a", "b"):
-        with open_ledger(tmp_path / "created") as ledger:
-            ledger.close()
-        shutil.copy(tmp_path / "created", tmp_path / name)
-        with open_ledger(tmp_path / name) as ledger:
+        for file in list(tmp_path.glob("ledger.*")):
+            shutil.copy(file, tmp_path / f"{name}{file.suffix}")
+        with open_ledger(tmp_path / f"{name}.sqlite", now=1.0) as ledger:
             receipts.append(ledger.reserve(key(1), EVENT, now=1.0).receipt)
     assert receipts[0] != receipts[1]
 
@@ -258,3 +279,45 @@ def test_a_ledger_whose_file_was_deleted_while_its_log_remains_is_not_started_af
         path.unlink()
         with pytest.raises(IntegrityError, match="write-ahead log"):
             open_ledger(path)
+
+
+# The server's echo.
+
+
+def test_what_servers_heard_of_this_ledger_is_found_in_it(path: Path) -> None:
+    with open_ledger(path) as ledger:
+        ledger.check_echo(0, "")
+        heard = {ledger.reserve(key(number), EVENT).seq: ledger.head for number in range(3)}
+        # An older echo is that of a run, or of an order, which came earlier: no alarm.
+        for counter, receipt in [*heard.items(), *reversed(heard.items())]:
+            ledger.check_echo(counter, receipt)
+        with open_ledger(path) as other:
+            fresh = other.reserve(key(9), EVENT)
+        ledger.check_echo(fresh.seq, fresh.receipt)
+    with Ledger.read(path) as reader:
+        reader.check_echo(fresh.seq, fresh.receipt)
+
+
+def test_an_echo_that_never_was_is_refused(ledger: Ledger, path: Path) -> None:
+    for counter, receipt in ((1, ""), (0, "0" * 64), (-1, ""), (-1, ledger.head), (0, ledger.head), (9, ledger.head)):
+        with pytest.raises(IntegrityError, match=rf"{path}: .* restore the newest copy"):
+            ledger.check_echo(counter, receipt)
+
+
+def test_an_older_copy_of_the_whole_folder_is_told_by_the_echo(path: Path, tmp_path: Path) -> None:
+    with open_ledger(path) as ledger:
+        first = ledger.reserve(key(1), EVENT).receipt
+    older = shutil.copytree(path.parent, tmp_path / "older") / path.name
+    with open_ledger(path) as ledger:
+        counter = ledger.reserve(key(2), EVENT).seq
+        receipt = ledger.head
+    # Its head and key are of the same age, so nothing in it tells.
+    with open_ledger(older) as clone:
+        clone.check_echo(2, first)
+        with pytest.raises(IntegrityError, match=rf"{older}: is older than .* entry 3; restore the newest copy"):
+            clone.check_echo(counter, receipt)
+        # Nor does it help to write on, up to the number that is known and past it.
+        for number in (2, 3):
+            clone.release(clone.reserve(key(number), EVENT), b"report")
+        with pytest.raises(IntegrityError, match=rf"{older}: went another way .* entry 3; restore the newest copy"):
+            clone.check_echo(counter, receipt)

@@ -23,7 +23,9 @@ def key(number: int) -> OrderKey:
 
 
 def open_ledger(path: Path) -> Ledger:
-    return Ledger.open(path, source="loans", budget=BUDGET)
+    ledger = Ledger.open(path, source="loans", budget=BUDGET)
+    ledger.approve("plan")
+    return ledger
 
 
 @pytest.fixture
@@ -59,6 +61,10 @@ def tamper(path: Path, *statements: str) -> None:
         "DELETE FROM entries WHERE seq = 1",
         "INSERT OR REPLACE INTO entries VALUES (1, '{}', '')",
         "INSERT INTO entries VALUES (7, '{}', '')",
+        "UPDATE signatures SET signature = ''",
+        "DELETE FROM signatures",
+        "INSERT OR REPLACE INTO signatures VALUES (1, '')",
+        "INSERT INTO signatures VALUES (7, '')",
     ],
 )
 def test_the_table_is_append_only(ledger: Ledger, path: Path, statement: str) -> None:
@@ -73,11 +79,14 @@ def test_the_table_is_append_only(ledger: Ledger, path: Path, statement: str) ->
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE entries SET body = replace(body, '\"steps\":5', '\"steps\":1') WHERE seq = 1",
+        "UPDATE entries SET body = replace(body, '\"steps\":5', '\"steps\":1') WHERE seq = 2",
         "UPDATE entries SET digest = upper(digest) WHERE seq = 2",
         "DELETE FROM entries WHERE seq = 1",
         "DELETE FROM entries WHERE seq = 0",
         "DELETE FROM entries",
+        "DELETE FROM entries WHERE seq = 4",
+        "DELETE FROM signatures WHERE seq = 2",
+        "UPDATE signatures SET signature = (SELECT signature FROM signatures WHERE seq = 3) WHERE seq = 4",
         "UPDATE entries SET seq = seq + 100 WHERE seq >= 2",
         "DROP TRIGGER entries_no_update",
         "CREATE TABLE more (x)",
@@ -101,9 +110,9 @@ def test_a_changed_file_is_refused(path: Path, statement: str) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE entries SET body = replace(body, '\"steps\":5', '\"steps\":1') WHERE seq = 1",
-        "DELETE FROM entries WHERE seq = 2",
-        "UPDATE entries SET digest = upper(digest) WHERE seq = 2",
+        "UPDATE entries SET body = replace(body, '\"steps\":5', '\"steps\":1') WHERE seq = 2",
+        "DELETE FROM entries WHERE seq = 3",
+        "UPDATE entries SET digest = upper(digest) WHERE seq = 3",
     ],
 )
 def test_a_change_under_an_open_ledger_is_noticed(ledger: Ledger, path: Path, statement: str) -> None:
@@ -112,7 +121,7 @@ def test_a_change_under_an_open_ledger_is_noticed(ledger: Ledger, path: Path, st
     tamper(path, statement)
     with pytest.raises(IntegrityError, match=f"{path}: "):
         ledger.verify()
-    if "seq = 2" in statement:  # The head is checked at every step, the whole chain when asked for.
+    if "seq = 3" in statement:  # The head is checked at every step, the whole chain when asked for.
         with pytest.raises(IntegrityError, match="no longer what it was"):
             ledger.reserve(key(2), EVENT)
 
@@ -135,6 +144,7 @@ from metarisk_common.privacy import PrivacyEvent
 path, run, stop_after = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 event = PrivacyEvent("poisson_gaussian", 50.0, 1.0, 5)
 ledger = Ledger.open(path, source="loans", budget=Budget(3.0, 1e-5))
+ledger.approve("plan")
 print("ready", flush=True)
 sys.stdin.readline()
 try:

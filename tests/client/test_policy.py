@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from client.config import InstitutionConfig
-from client.policy import admit
+from client.policy import admit, check_plan
 from metarisk_common.errors import RefusedError
 from metarisk_common.features import Encoder
 from metarisk_common.initialisation import initial_params
-from metarisk_common.plan import Plan
+from metarisk_common.plan import Plan, ScoreHistograms
 from metarisk_common.privacy import PrivacyEvent
-from metarisk_common.wire import REFUSAL_CODES, TrainOrder
+from metarisk_common.wire import REFUSAL_CODES, EvaluateOrder, TrainOrder
 
 
 @pytest.fixture
@@ -27,8 +27,10 @@ def order(plan: Plan, width: int) -> TrainOrder:
     return TrainOrder("run", 1, plan.hash(), initial_params(plan, width))
 
 
-def config(*, size: int = 220, epsilon: float = 4.0, delta: float = 1e-4) -> InstitutionConfig:
-    policy = {"epsilon": epsilon, "delta": delta}
+def config(
+    *, size: int = 220, epsilon: float = 4.0, delta: float = 1e-4, limits: dict[str, float] | None = None
+) -> InstitutionConfig:
+    policy = {"epsilon": epsilon, "delta": delta, **(limits or {})}
     return InstitutionConfig.model_validate(
         {"name": "A", "data": "x.csv", "declared_size": size, "policy": policy},
     )
@@ -67,6 +69,41 @@ def test_a_plan_against_the_policy_is_refused(plan: Plan, order: TrainOrder, wid
     assert refusal(order, changed(plan, "mechanism", noise_multiplier=0.0), config(), width) == "policy"
     assert refusal(order, changed(plan, "outer", max_declared_size=219), config(), width) == "policy"
     admit(order, changed(plan, "mechanism", noise_multiplier=0.0), config(epsilon=math.inf), width=width)
+
+
+@pytest.mark.parametrize(
+    ("limit", "part", "values"),
+    [
+        ({"min_noise_multiplier": 3.0}, "mechanism", {"noise_multiplier": 2.9}),
+        ({"max_grad_norm": 0.5}, "mechanism", {"max_grad_norm": 0.6}),
+        ({"max_grad_norm": 0.5}, "mechanism", {"max_grad_norm": None, "noise_multiplier": 1.0}),
+        ({"max_local_steps": 6}, "inner", {"local_steps": 7}),
+        ({"max_sample_rate": 0.5}, "mechanism", {"sample_rate": 0.6}),
+        ({"min_noise_multiplier": 3.0}, "metrics", {"noise_multiplier": 2.9}),
+    ],
+)
+def test_what_the_bank_limits_is_refused_beyond_it(
+    plan: Plan, order: TrainOrder, width: int, limit: dict[str, float], part: str, values: dict[str, Any]
+) -> None:
+    modest = {"noise_multiplier": 3.0, "max_grad_norm": 0.5, "sample_rate": 0.5}
+    within = changed(changed(plan, "mechanism", **modest), "inner", local_steps=6)
+    within = within.model_copy(update={"metrics": ScoreHistograms(noise_multiplier=3.0)})
+    admit(order, within, config(limits=limit), width=width)
+    assert refusal(order, changed(within, part, **values), config(limits=limit), width) == "policy"
+    with pytest.raises(RefusedError, match=rf"{next(iter(limit))}|adds no noise"):
+        check_plan(changed(within, part, **values), config(limits=limit))
+
+
+def test_score_histograms_are_given_only_when_the_plan_asks_for_them(plan: Plan, order: TrainOrder, width: int) -> None:
+    def question(number: int) -> EvaluateOrder:
+        return EvaluateOrder(order.run_id, number, order.plan_hash, order.meta_params)
+
+    asking = plan.model_copy(update={"metrics": ScoreHistograms(noise_multiplier=9.0, every=5)})
+    event = PrivacyEvent("gaussian_histograms", 9.0, 1.0, 1)
+    assert [admit(question(number), asking, config(), width=width) for number in (5, 10, 12)] == [event] * 3
+    for number in (1, 11, 13):
+        assert refusal(question(number), asking, config(), width) == "round"
+    assert refusal(question(12), plan, config(), width) == "round"
 
 
 def test_delta_may_be_a_tenth_of_a_record_at_most(plan: Plan, order: TrainOrder, width: int) -> None:

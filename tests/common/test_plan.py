@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from metarisk_common.errors import ConfigError
-from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan, read_plan
+from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan, ScoreHistograms, read_plan
 from metarisk_common.schema import CategoricalColumn, Encoding, Label, NumericColumn, Schema
 
 FULL: dict[str, Any] = {
@@ -20,6 +20,8 @@ FULL: dict[str, Any] = {
         "segment": "sector",
         "segments": ["trade", "crafts"],
         "identifier": "id",
+        "privacy_unit": "customer",
+        "max_records_per_unit": 3,
         "columns": [
             {
                 "kind": "numeric", "name": "amount", "title": "Amount", "unit": "USD",
@@ -37,6 +39,7 @@ FULL: dict[str, Any] = {
         "rounds": 7, "optimizer": "adam", "learning_rate": 0.5, "momentum": 0.5, "schedule": "linear",
         "weighting": "equal", "max_declared_size": 5000, "min_reports": 2, "deadline_seconds": 60.0,
     },
+    "metrics": {"bins": 10, "noise_multiplier": 2.0, "every": 2},
     "dtype": "float64",
 }  # fmt: skip
 SMALL: dict[str, Any] = {
@@ -110,7 +113,8 @@ def test_the_hash_changes_with(place: Place, value: Any) -> None:
 def test_no_field_was_forgotten() -> None:
     """Every field of every part of a plan is set above and stands in what is hashed."""
     models: list[type[BaseModel]] = [
-        Plan, Schema, ModelSpec, InnerLoop, Mechanism, OuterLoop, Label, Encoding, NumericColumn, CategoricalColumn,
+        Plan, Schema, ModelSpec, InnerLoop, Mechanism, OuterLoop, ScoreHistograms, Label, Encoding, NumericColumn,
+        CategoricalColumn,
     ]  # fmt: skip
     hashed = {str(part) for place, _ in leaves(json.loads(ALL.to_json())) for part in place}
     assert {name for model in models for name in model.model_fields} <= hashed
@@ -151,7 +155,10 @@ def test_a_default_that_is_written_out_is_the_same_plan() -> None:
 def test_a_hash_is_as_ever() -> None:
     """A known answer: a change here unmakes every approval that a bank has given."""
     assert Plan.model_validate(SMALL).hash() == "4e5a93381fdeab4bf38106e2c0e578723e6d128f01745f68e2ed0a4972c4b218"
-    assert ALL.hash() == "b94dd041f95115874e0aea7bccacc1be5715cb8bc39d4a763a5694525309803d"
+    without = {"metrics", "privacy_unit", "max_records_per_unit"}  # They came later, and changed no older plan.
+    data = {name: value for name, value in FULL["data"].items() if name not in without}
+    old = Plan.model_validate({name: value for name, value in FULL.items() if name not in without} | {"data": data})
+    assert old.hash() == "b94dd041f95115874e0aea7bccacc1be5715cb8bc39d4a763a5694525309803d"
 
 
 def test_the_canonical_text_is_plain_and_reads_back(tmp_path: Path) -> None:
@@ -208,6 +215,10 @@ def test_tasks_and_steps() -> None:
         (("data", "columns"), [], "columns"),
         (("data", "columns", 1, "name"), "amount", "stands twice"),
         (("data", "columns", 1, "name"), "default", "may not be an input as well"),
+        (("data", "privacy_unit"), None, "max_records_per_unit needs privacy_unit"),
+        (("data", "columns", 0, "source"), "customer", "may not be an input as well"),
+        (("metrics", "bins"), 1, "bins"),
+        (("metrics", "noise_multiplier"), float("inf"), "noise_multiplier"),
         (("data", "columns", 0, "source"), "id", "may not be an input as well"),
         (("data", "columns", 0, "bins"), [50.0, 10.0], "bins must ascend"),
         (("data", "columns", 0, "bins"), [0.5, 10.0], "bins must ascend strictly inside"),

@@ -19,7 +19,7 @@ from metarisk_common.errors import ProtocolError
 from metarisk_common.flower_compat import identify_process, message_from_bytes, message_to_bytes
 from metarisk_common.params import Params
 from metarisk_common.privacy import PrivacyEvent
-from metarisk_common.wire import Refusal, TrainOrder, TrainReport
+from metarisk_common.wire import EvaluateOrder, EvaluateReport, Refusal, TrainOrder, TrainReport
 
 EVENT = PrivacyEvent("poisson_gaussian", 1.5, 0.25, 4, "")
 PARAMS: Params = {
@@ -47,8 +47,11 @@ events = st.builds(
     steps=st.integers(1, 2**62),
     segment=texts,
 )
-orders = st.builds(TrainOrder, texts, integers, texts, params)
-reports = st.builds(TrainReport, texts, integers, texts, texts, integers, events, texts, integers, params)
+echoes = st.tuples(st.just(0), st.just("")) | st.tuples(integers, st.text(min_size=1, max_size=200))
+asked = st.tuples(st.sampled_from([TrainOrder, EvaluateOrder]), texts, integers, texts, params, echoes)
+orders = asked.map(lambda parts: parts[0](*parts[1:5], *parts[5]))
+told = (texts, integers, texts, texts, integers, events, texts, integers, params)
+reports = st.builds(TrainReport, *told) | st.builds(EvaluateReport, *told)
 refusals = st.builds(Refusal, texts, integers, texts, texts, st.sampled_from(sorted(wire.REFUSAL_CODES)))
 
 
@@ -313,3 +316,19 @@ def outbox(report: object) -> bytes:
 def test_a_stored_report_that_is_none(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         wire.report_from_bytes(data)
+
+
+def test_the_echo_is_no_part_of_what_is_asked_and_the_kind_is() -> None:
+    echoing = replace(ORDER, ledger_counter=4, ledger_receipt="ef" * 32)
+    assert echoing.digest() == ORDER.digest()
+    question = EvaluateOrder(ORDER.run_id, ORDER.round, ORDER.plan_hash, ORDER.meta_params)
+    assert question.digest() != ORDER.digest()
+    assert type(wire.decode_order(travel(wire.encode_order(question)))) is EvaluateOrder
+
+
+@pytest.mark.parametrize("missing", sorted(wire.ECHO_FIELDS))
+def test_half_an_echo_is_refused(missing: str) -> None:
+    content = wire.encode_order(replace(ORDER, ledger_counter=4, ledger_receipt="ef" * 32))
+    del content.config_records["head"][missing]
+    with pytest.raises(ProtocolError, match="fields"):
+        wire.decode_order(content)

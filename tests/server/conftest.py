@@ -13,7 +13,15 @@ from metarisk_common.algorithms import ALGORITHMS
 from metarisk_common.params import Params, scale
 from metarisk_common.plan import Plan
 from metarisk_common.privacy import PrivacyEvent
-from metarisk_common.wire import Refusal, TrainOrder, TrainReport, decode_order, encode_reply
+from metarisk_common.wire import (
+    EvaluateOrder,
+    EvaluateReport,
+    Refusal,
+    TrainOrder,
+    TrainReport,
+    decode_order,
+    encode_reply,
+)
 from server.state import ServerState, initial_state
 from simulations.inprocess import InProcessGrid, Node
 
@@ -53,7 +61,18 @@ def report_of(order: TrainOrder, plan: Plan, task: Quadratic, name: str) -> Trai
         "poisson_gaussian", mechanism.noise_multiplier, mechanism.sample_rate, plan.inner.local_steps, ""
     )
     receipt = f"receipt of {name} for round {order.round}"
-    return TrainReport(order.run_id, order.round, order.plan_hash, name, task.size, event, receipt, order.round, update)
+    told = (order.run_id, order.round, order.plan_hash, name, task.size)
+    if isinstance(order, EvaluateOrder):
+        counts = histograms_of(task, order)
+        return EvaluateReport(*told, plan.evaluate_event(), f"{receipt}, evaluated", 10 * order.round + 1, counts)
+    return TrainReport(*told, event, receipt, 10 * order.round, update)
+
+
+def histograms_of(task: Quadratic, order: TrainOrder) -> Params:
+    """Counts of a made-up portfolio: 8 with the outcome score as `theta` says, 40 without score low."""
+    theta = float(order.meta_params["theta"].sum())
+    cell = 2 if theta > 0 else 1
+    return {"positives": np.eye(4)[cell] * 8 * task.size, "negatives": np.eye(4)[1] * 40.0 * task.size}
 
 
 Reaction = Callable[[TrainReport], TrainReport | Refusal | RecordDict]
@@ -77,6 +96,7 @@ REACTIONS: dict[str, Reaction] = {
     "takes another's receipt": lambda report: replace(report, receipt=report.receipt.replace("Bank 7", "Bank 1")),
     "answers another order": lambda report: replace(report, round=report.round + 1),
     "spent less": lambda report: replace(report, event=replace(report.event, steps=1)),
+    "has an old ledger": lambda report: replace(report, counter=0),
     "claims too large a size": lambda report: replace(report, declared_size=2_000_000),
 }
 
@@ -93,6 +113,13 @@ def bank_app(plan: Plan, tasks: Sequence[Quadratic]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
+        return _answer(message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, context)
+
+    def _answer(message: Message, context: Context) -> Message:
         config = context.node_config
         order = decode_order(message.content)
         report = report_of(order, plan, tasks[int(config["number"])], f"Bank {config['number']}")
@@ -148,7 +175,7 @@ class Federation:
     """A plan, its banks and its start."""
 
     def __init__(self, **parts: Any) -> None:
-        data = {
+        data: dict[str, Any] = {
             "label": {"name": "default"},
             "institution": "bank",
             "columns": [{"kind": "numeric", "name": "amount", "lower": 0, "upper": 1}],
@@ -156,6 +183,8 @@ class Federation:
         parts["inner"] = {"local_steps": 5, "learning_rate": INNER_RATE, **parts.get("inner", {})}
         parts["outer"] = {"rounds": 4, "weighting": "equal", "schedule": "constant", **parts.get("outer", {})}
         mechanism = {"noise_multiplier": 0.0, "max_grad_norm": None}
+        if "metrics" in parts:
+            data |= {"max_records_per_unit": 100, "privacy_unit": "customer"}
         values = {"name": "test", "data": data, "mechanism": mechanism, "dtype": "float64", **parts}
         self.plan = Plan.model_validate(values)
         self.tasks = quadratics()

@@ -57,7 +57,7 @@ GOOD = report_of(PLAN, UPDATE)
 
 
 def verdict(report: TrainReport, **known: Any) -> str | None:
-    return judge(report, ORDER, PLAN, **{"admitted": {}, "declared_sizes": {}, **known})
+    return judge(report, ORDER, PLAN, **{"admitted": {}, "declared_sizes": {}, "ledgers": {}, **known})
 
 
 def with_update(change: Any) -> TrainReport:
@@ -126,7 +126,13 @@ def test_without_clipping_there_is_a_limit_still(value: float) -> None:
     order = order_of(free)
     for number, expected in ((1.0, None), (value, "norm"), (-value, "norm")):
         update = {name: np.full_like(array, number) for name, array in order.meta_params.items()}
-        assert judge(report_of(free, update), order, free, admitted={}, declared_sizes={}) == expected
+        assert judge(report_of(free, update), order, free, admitted={}, declared_sizes={}, ledgers={}) == expected
+
+
+@pytest.mark.parametrize("heard", [GOOD.counter, GOOD.counter + 1, 10**6])
+def test_a_ledger_that_has_gone_back_is_found_out(heard: int) -> None:
+    assert verdict(GOOD, ledgers={"Bank A": (heard, "digest")}) == "ledger"
+    assert verdict(GOOD, ledgers={"Bank A": (GOOD.counter - 1, "digest"), "Bank B": (heard, "digest")}) is None
 
 
 def test_whatever_is_admitted_can_be_added() -> None:
@@ -172,12 +178,12 @@ def test_honest_banks_are_never_refused(name: str) -> None:
         tasks = data(chosen, rows, seed, alike=alike)
         rng = SecureRandom.seeded(seed, name)
         update = meta_update(order.meta_params, chosen, tasks, declared_size=SIZE, width=width, rng=rng)
-        assert judge(report_of(chosen, update), order, chosen, admitted={}, declared_sizes={}) is None
+        assert judge(report_of(chosen, update), order, chosen, admitted={}, declared_sizes={}, ledgers={}) is None
         nearest = max(nearest, l2_norm(update) / bound)
     # The bound is of the right size: an honest bank comes near enough that ten times the bound is no honest update.
     assert 0.1 < nearest <= 1
     poison = scale(update, 10 * bound / l2_norm(update))
-    assert judge(report_of(chosen, poison), order, chosen, admitted={}, declared_sizes={}) == "norm"
+    assert judge(report_of(chosen, poison), order, chosen, admitted={}, declared_sizes={}, ledgers={}) == "norm"
 
 
 def test_the_bound_covers_the_noise_of_every_task() -> None:

@@ -22,6 +22,7 @@ FAULTS = {
     "takes another's receipt": ("rejected", "duplicate"),
     "answers another order": ("rejected", "order"),
     "spent less": ("rejected", "event"),
+    "has an old ledger": ("rejected", "ledger"),
     "claims too large a size": ("rejected", "size"),
 }
 

@@ -271,7 +271,7 @@ def test_a_run_without_a_bound_prints_strict_json(tmp_path: Path, make_scenario:
     strict(call(app, "evaluate", out, "--json")[1])
     bank = next((out / "banks").iterdir())
     ledger = strict(call(client_app, "ledger", "show", bank, "--json")[1])
-    assert (ledger["spent"], ledger["epsilon"], len(ledger["entries"])) == (None, None, 5)
+    assert (ledger["spent"], ledger["epsilon"], len(ledger["entries"])) == (None, None, 6)
 
 
 def test_a_title_is_shown_as_it_is_written(tmp_path: Path, make_scenario: MakeScenario, call: Call) -> None:

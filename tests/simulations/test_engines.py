@@ -71,7 +71,7 @@ def test_flowers_own_engine_is_the_federation_to_the_last_bit(
         with Ledger.read(folder / "ledger.sqlite") as ledger:
             ledger.verify()
             kinds = [entry.kind for entry in ledger.entries()]
-        assert kinds == ["create", *["reserve", "release"] * 12]
+        assert kinds == ["create", "approve", *["reserve", "release"] * 12]
     assert [record["round"] for record in run.journal()] == list(range(1, 13))
     assert all(record["admitted"] == sorted(run.sizes) for record in run.journal())
 

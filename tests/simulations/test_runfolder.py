@@ -47,7 +47,7 @@ def test_every_bank_has_its_own_records_and_the_plan_approved(
     assert not set(tables) & set(unseen["lender"])
     for name, folder in run.bank_folders.items():
         assert tables[name].equals(frame.filter(pl.col("lender") == name))
-        bank = Bank(folder)
+        bank = Bank(folder, simulation=True)
         assert bank.institution.config.name == name
         assert bank.institution.config.declared_size == 60
         assert bank.institution.approved_plan(run.plan.hash()) == run.plan
@@ -61,7 +61,7 @@ def test_what_was_prepared_opens_as_it_was(make: Prepare) -> None:
     assert math.isinf(again.epsilon)
     text = (run.path / "run.json").read_text(encoding="utf-8")
     json.loads(text, parse_constant=pytest.fail)
-    assert run.spent() == {name: {"spent": 0.0, "declared_size": 60, "entries": 0} for name in run.bank_folders}
+    assert run.spent() == {name: {"spent": 0.0, "declared_size": 60, "entries": 2} for name in run.bank_folders}
     assert run.not_private
 
 
@@ -69,7 +69,7 @@ def test_names_of_any_script_are_kept(make: Prepare, make_loans: Callable[..., p
     name = 'B\u00e4nk "A" \\ \U0001f3e6 [/b]\x7f\u4e00'
     run = make(frame=named(make_loans(rows=60), "Lender A", name))
     folder = run.bank_folders[name]
-    bank = Bank(folder)
+    bank = Bank(folder, simulation=True)
     assert bank.institution.config.name == name
     bank.close()
 

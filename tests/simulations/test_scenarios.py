@@ -12,7 +12,7 @@ from client.dataset import read_table
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError
 from metarisk_common.plan import Plan
-from metarisk_common.privacy import PrivacyEvent, epsilon
+from metarisk_common.privacy import epsilon
 from metarisk_common.table import split_by_institution
 from simulations.scenarios import BUILT_IN, Scenario, Split, built_in, data_path, load_scenario, split
 
@@ -30,11 +30,7 @@ def scenario(**values: object) -> Scenario:
 
 
 def spent(plan: Plan) -> float:
-    mechanism = plan.mechanism
-    event = PrivacyEvent(
-        "poisson_gaussian", mechanism.noise_multiplier, mechanism.sample_rate, plan.total_steps, segment=""
-    )
-    return epsilon([event], mechanism.delta)
+    return epsilon(plan.events(), plan.mechanism.delta)
 
 
 def test_a_name_a_file_and_a_schema_are_enough() -> None:

@@ -31,12 +31,16 @@ def test_59_lenders_learn_and_20_judge(tmp_path: Path, call: Callable[..., tuple
     assert "NOT PRIVATE: a simulation whose noise comes from the seed 2026" in shown
 
     run = runfolder.open_run(out)
-    assert [len(record["admitted"]) for record in run.journal()] == [59]
+    (record,) = run.journal()
+    assert len(record["admitted"]) == len(record["federated_metrics"]["admitted"]) == 59
+    assert record["federated_metrics"]["auc"] > 0.6
     for folder in run.bank_folders.values():
         with Ledger.read(folder / "ledger.sqlite") as ledger:
             ledger.verify()
             assert 0.999 * 3 <= ledger.spent() <= 3
-            assert [entry.kind for entry in ledger.entries()] == ["create", "reserve", "release"]
+            assert [entry.kind for entry in ledger.entries()] == ["create", "approve", *["reserve", "release"] * 2]
+            mechanisms = [event.mechanism for event in ledger.events()]
+            assert mechanisms == ["poisson_gaussian", "gaussian_histograms"]
     report = (out / "report.html").read_text(encoding="utf-8")
     assert "NOT PRIVATE" in report
     assert len(run.info["unseen"]) == 20

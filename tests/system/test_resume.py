@@ -117,6 +117,6 @@ def test_a_run_killed_at_every_stage_ends_as_if_nothing_had_happened(
         with Ledger.read(folder / "ledger.sqlite") as ledger:
             ledger.verify()
             # No round is charged twice, and none is answered twice.
-            assert [entry.kind for entry in ledger.entries()] == ["create", *["reserve", "release"] * ROUNDS]
+            assert [entry.kind for entry in ledger.entries()] == ["create", "approve", *["reserve", "release"] * ROUNDS]
             assert ledger.spent() == undisturbed.spent()[name]["spent"]
             assert 0.999 * 4 <= ledger.spent() <= 4

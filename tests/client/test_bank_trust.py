@@ -1,0 +1,127 @@
+"""What a bank answers to, besides the order: its approvals, its ledger's age, and who may seed its noise."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from client.approval import approve, revoke
+from client.bank import Bank
+from client.ledger import Ledger
+from metarisk_common.errors import ConfigError
+from metarisk_common.features import Encoder
+from metarisk_common.initialisation import initial_params
+from metarisk_common.plan import Plan, ScoreHistograms
+from metarisk_common.wire import (
+    EvaluateOrder,
+    EvaluateReport,
+    Refusal,
+    TrainOrder,
+    TrainReport,
+    decode_reply,
+    encode_order,
+    report_to_bytes,
+)
+
+MakeBank = Callable[..., Path]
+
+
+@pytest.fixture
+def own(make_loans: Callable[..., pl.DataFrame]) -> pl.DataFrame:
+    """One bank's records."""
+    return make_loans(lenders=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_bank: MakeBank, plan: Plan, own: pl.DataFrame) -> Path:
+    return make_bank(tmp_path / "bank", plan, own)
+
+
+@pytest.fixture
+def bank(folder: Path) -> Iterator[Bank]:
+    opened = Bank(folder, simulation=True)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def order(plan: Plan) -> TrainOrder:
+    return TrainOrder("run", 1, plan.hash(), initial_params(plan, Encoder(plan.data).width))
+
+
+def test_outside_simulations_a_seed_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"institution\.toml.*'simulation' seeds the noise"):
+        Bank(folder)
+
+
+def test_a_plan_is_answered_while_it_is_approved_and_no_longer(bank: Bank, folder: Path, order: TrainOrder) -> None:
+    report(bank, order)
+    revoke(folder, order.plan_hash)
+    assert refusal(bank, replace(order, round=2)).code == "plan"
+    spent = bank.ledger.spent()
+    approve(folder, bank.institution.approved_plan(order.plan_hash), epsilon=spent * 1.01)
+    assert refusal(bank, replace(order, round=2)).code == "budget"
+    approve(folder, bank.institution.approved_plan(order.plan_hash), until_seconds=1.0)
+    assert refusal(bank, replace(order, round=2)).code == "plan"
+    approve(folder, bank.institution.approved_plan(order.plan_hash))
+    report(bank, replace(order, round=2))
+
+
+def test_a_ledger_that_was_put_back_is_found_out_by_what_the_server_heard(
+    bank: Bank, folder: Path, order: TrainOrder
+) -> None:
+    bank.close()
+    old = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    first = Bank(folder, simulation=True)
+    heard = report(first, order)
+    first.close()
+    for path in folder.iterdir():
+        if path.is_file() and path not in old:
+            path.unlink()
+    for path, data in old.items():
+        path.write_bytes(data)
+    restored = Bank(folder, simulation=True)
+    echoing = replace(order, round=2, ledger_counter=heard.counter, ledger_receipt=heard.receipt)
+    assert refusal(restored, echoing).code == "integrity"
+    assert kinds(folder) == ["create", "approve"]
+    # Nor does it help to go on with the old copy and some other order first.
+    report(restored, replace(order, run_id="another"))
+    assert refusal(restored, echoing).code == "integrity"
+    restored.close()
+
+
+def test_score_histograms_are_charged_and_given_once(
+    tmp_path: Path, make_bank: MakeBank, plan: Plan, own: pl.DataFrame, order: TrainOrder
+) -> None:
+    asking = plan.model_copy(update={"metrics": ScoreHistograms(bins=8, noise_multiplier=20.0)})
+    bank = Bank(make_bank(tmp_path / "bank", asking, own, epsilon=8.0), simulation=True)
+    question = EvaluateOrder("run", 12, asking.hash(), order.meta_params)
+    train = replace(order, plan_hash=asking.hash(), round=12)
+    update, answer = report(bank, train), report(bank, question)
+    assert isinstance(answer, EvaluateReport)
+    assert {name: value.shape for name, value in answer.update.items()} == {"positives": (8,), "negatives": (8,)}
+    assert [event.mechanism for event in bank.ledger.events()] == ["poisson_gaussian", "gaussian_histograms"]
+    assert report_to_bytes(report(bank, question)) == report_to_bytes(answer)
+    assert report_to_bytes(report(bank, train)) == report_to_bytes(update)
+    assert len(bank.ledger.events()) == 2
+    assert refusal(bank, replace(question, round=11)).code == "round"
+    bank.close()
+
+
+def report(bank: Bank, order: TrainOrder) -> TrainReport:
+    reply = decode_reply(bank.answer(encode_order(order)))
+    assert isinstance(reply, TrainReport), reply
+    return reply
+
+
+def refusal(bank: Bank, order: TrainOrder) -> Refusal:
+    reply = decode_reply(bank.answer(encode_order(order)))
+    assert isinstance(reply, Refusal), reply
+    return reply
+
+
+def kinds(folder: Path) -> list[str]:
+    with Ledger.read(folder / "ledger.sqlite") as ledger:
+        return [entry.kind for entry in ledger.entries()]
