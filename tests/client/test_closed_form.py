@@ -227,6 +227,18 @@ def test_a_clip_layer_by_layer_would_be_caught(rows: int, seed: int, scale: floa
         assert moved(model, params, task, fewer, 1e-4) > 1e-4 * 1.01
 
 
+@pytest.mark.parametrize("delta", [1e-18, 1e-20, 1e-22, 1e-24, 1e-30])
+def test_no_gradient_hides_behind_squares_that_vanish_in_float32(delta: float) -> None:
+    """Its delta squared is below what float32 holds, its input is huge, and their product is neither."""
+    model = nn.Linear(3, 4, bias=False)
+    task = Task("bank", "", torch.full((1, 3), 1e18), torch.tensor([delta]))
+    grad_fn = private_gradient(
+        model, lambda outputs, y: outputs.sum(1) * y, mechanism=mechanism(1e-5), expected_batch_size=1.0,
+        rng=SecureRandom.seeded(0), engine="closed-form",
+    )  # fmt: skip
+    assert l2_norm(grad_fn(params_of(model, 1), task)) <= 1e-5 * (1 + 1e-6)
+
+
 def moved(model: nn.Module, params: Params, task: Task, neighbour: Task, clip: float) -> float:
     grad_fn = private_gradient(
         model, loss, mechanism=mechanism(clip), expected_batch_size=1.0, rng=SecureRandom.seeded(0),

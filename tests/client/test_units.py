@@ -170,6 +170,18 @@ def test_a_record_that_is_not_finite_counts_as_zero_and_its_unit_keeps_the_rest(
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-13)
 
 
+def test_a_unit_whose_sum_is_not_finite_counts_as_zero(engine: Build) -> None:
+    """Each record's gradient is a number still, and so is every other unit's."""
+    model = nn.Linear(WIDTH, 1, bias=False).double()
+    params, task = params_of(model), task_of([0, 0, 1])
+    task.x[:2], task.y[:] = 0.0, 1.0
+    task.x[:2, 1] = 1.5e308
+    grad_fn = engine(model, of=lambda outputs, y: outputs[:, 0] * y)
+    found, expected = grad_fn(params, task), grad_fn(params, without(task, 0))
+    assert l2_norm(expected) == pytest.approx(0.3, rel=1e-4)
+    torch.testing.assert_close(found["weight"], expected["weight"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e6, 1e8])
 def test_records_that_cancel_cannot_hide_behind_rounding(engine: Build, scale: float, dtype: torch.dtype) -> None:

@@ -172,7 +172,7 @@ def test_a_finer_grid_changes_less_than_promised_and_only_lowers(
     privacy._epsilon.cache_clear()
     finer = epsilon([event(*case)], DELTA)
     privacy._epsilon.cache_clear()
-    assert finer <= found <= finer * (1 + 1e-4) + 1e-6
+    assert finer <= found <= finer * (1 + 5e-5) + 1e-6
     assert found <= rough <= found * (1 + 2e-3) + 1e-5
 
 
@@ -211,7 +211,9 @@ def test_epsilon_never_falls_from_step_to_step(noise_multiplier: float, sample_r
     assert all(before < after for before, after in itertools.pairwise(found))
 
 
-@pytest.mark.parametrize(("noise_multiplier", "steps"), [(0.6, 1000), (0.6, 100), (0.3, 20), (2.0, 10_000), (0.05, 1)])
+@pytest.mark.parametrize(
+    ("noise_multiplier", "steps"), [(0.6, 1000), (0.6, 100), (0.3, 20), (2.0, 10_000), (0.05, 1), (0.01, 10**6)]
+)
 def test_epsilon_rises_up_to_full_batches_where_it_is_large(noise_multiplier: float, steps: int) -> None:
     found = [epsilon([event(noise_multiplier, rate, steps)], DELTA) for rate in (0.3, 0.5, 0.7, 0.9, 0.99, 1.0)]
     assert found[-1] > 50
