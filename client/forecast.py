@@ -17,7 +17,7 @@ from metarisk_common.privacy import PrivacyEvent
 from metarisk_common.privacy import epsilon as accounted
 
 _QUARTERS = 4
-_MOST_STEPS = 1_000_000
+_MOST_STEPS, _LEAST_ROUNDS = 100_000, 1000  # Where a search ends: beyond, a table would take long to make.
 _MECHANISM = "poisson_gaussian"
 
 
@@ -93,6 +93,7 @@ def forecast(
     if not isinstance(local_steps, int) or isinstance(local_steps, bool) or local_steps < 1:
         raise ValueError("local_steps must be a whole number of at least 1")
     spent_before = accounted(spent, delta)
+    most_rounds = max(_MOST_STEPS // local_steps, _LEAST_ROUNDS)
     rows = []
     for noise_multiplier in noise_multipliers:
         for sample_rate in sample_rates:
@@ -102,13 +103,13 @@ def forecast(
                 noise_multiplier=noise_multiplier,
                 sample_rate=sample_rate,
                 spent=spent,
-                limit=_MOST_STEPS,
+                limit=most_rounds * local_steps,
                 multiple=local_steps,
             )
             more = [PrivacyEvent(_MECHANISM, noise_multiplier, sample_rate, steps)] if steps else []
             total = accounted([*spent, *more], delta)
             rows.append(Row(sample_rate, noise_multiplier, steps // local_steps, total))
-    return Forecast(epsilon, delta, spent_before, local_steps, _MOST_STEPS // local_steps, tuple(rows))
+    return Forecast(epsilon, delta, spent_before, local_steps, most_rounds, tuple(rows))
 
 
 def for_plan(plan: Plan, *, epsilon: float, delta: float, spent: Sequence[PrivacyEvent]) -> PlanForecast:

@@ -52,9 +52,9 @@ def _calibrate(target: float, delta: float, sample_rate: float, steps: int, othe
         return [*others, PrivacyEvent("poisson_gaussian", noise_multiplier, sample_rate, steps)]
 
     def roughly(x: float) -> Point:
-        return x, _mu_squared(privacy.estimate(events(_noise(x, sample_rate)), delta), delta) - base
+        return x, _mu_squared(privacy.estimate(events(_noise(x, sample_rate)), delta, about=target), delta) - base
 
-    base = _mu_squared(privacy.estimate(others, delta), delta)
+    base = _mu_squared(privacy.estimate(others, delta, about=target), delta)
     all_of_it = _mu_squared(target, delta)
     wanted = max(all_of_it - base, all_of_it * _LEAST_SHARE)
     x, slope = _solve(roughly, wanted / steps / sample_rate**2, wanted)
@@ -112,7 +112,7 @@ def affordable_steps(
 
     def roughly(x: float) -> Point:
         count = min(max(round(x), 1), most)
-        return count, _mu_squared(privacy.estimate(events(count), delta), delta) - base
+        return count, _mu_squared(privacy.estimate(events(count), delta, about=epsilon), delta) - base
 
     first = wanted / sample_rate**2 / _growth(noise_multiplier, sample_rate) / multiple
     x, slope = _solve(roughly, first, wanted)

@@ -166,7 +166,8 @@ def test_one_step_is_that_of_dp_accounting(case: tuple[float, float, float]) -> 
 def test_a_finer_grid_changes_less_than_promised_and_only_lowers(
     case: tuple[float, float, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, rough = epsilon([event(*case)], DELTA), estimate([event(*case)], DELTA)
+    found = epsilon([event(*case)], DELTA)
+    rough = estimate([event(*case)], DELTA, about=found)
     monkeypatch.setattr(privacy, "_GRID", privacy._GRID / 16)
     monkeypatch.setattr(privacy, "_MOST_POINTS", privacy._MOST_POINTS * 4)
     privacy._epsilon.cache_clear()
@@ -286,7 +287,7 @@ def test_an_event_that_cannot_be_names_its_argument(argument: str, values: tuple
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
 def test_delta_must_be_a_probability(delta: float) -> None:
-    for call in (lambda: epsilon([], delta), lambda: within([], delta, 1.0), lambda: estimate([], delta)):
+    for call in (lambda: epsilon([], delta), lambda: within([], delta, 1.0), lambda: estimate([], delta, about=1.0)):
         with pytest.raises(ValueError, match="delta"):
             call()
 
