@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from metarisk_common.privacy import PrivacyEvent, epsilon, estimate
+from metarisk_common.privacy import PrivacyEvent, epsilon
 
 from .chain import Entry, OrderKey
 
@@ -70,8 +70,7 @@ class Tally:
     def curve(self) -> list[tuple[float, float]]:
         """Give steps to draw: (seconds, epsilon from then on), at what is known already and evenly between.
 
-        Several charges make one step, at the time of the first, and what is drawn only may be a thousandth too high:
-        the line is never below the truth.
+        Several charges make one step, at the time of the first: the line is never below the truth.
         """
         total = len(self._events)
         free = max(1, self._points - len(self._known))
@@ -79,7 +78,7 @@ class Tally:
         steps, before = [], 0
         for count in sorted(counts):
             known = self._known.get(count)
-            spent = estimate(self._events[:count], self.delta) if known is None else known
+            spent = epsilon(self._events[:count], self.delta) if known is None else known
             steps.append((self.charges[before].time_seconds, spent))
             before = count
         return steps

@@ -242,14 +242,14 @@ def _pld_epsilon(groups: Groups, delta: float, expected: float, coarseness: floa
     mu = math.sqrt(quantile * quantile + 2 * expected) - quantile
     reach = max(_range(s, rate, tail)[1] for s, rate, _ in sampled)
     interval = coarseness * max(mu * math.sqrt(_GRID / steps), reach / _MOST_POINTS, _LEAST_INTERVAL)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # At the library's bounds of useless orders.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # In the library, where losses are huge.
         parts = [_pld(s, rate, interval, tail).self_compose(count, _CUT * delta) for s, rate, count in sampled]
         if (full := _gaussian_mu(group for group in groups if group[1] == 1)) > 0:
             parts.append(_pld(1 / full, 1.0, interval, tail))
         total = parts[0]
         for part in parts[1:]:
             total = total.compose(part, _CUT * delta)
-    return float(total.get_epsilon_for_delta(delta))
+        return float(total.get_epsilon_for_delta(delta))
 
 
 def _pld(noise_multiplier: float, sample_rate: float, interval: float, tail: float) -> Any:  # noqa: ANN401 - dp-accounting has no types
