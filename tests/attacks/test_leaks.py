@@ -22,6 +22,7 @@ from client.training import meta_update, tasks_for
 from metarisk_common.errors import ConfigError
 from metarisk_common.features import Encoder
 from metarisk_common.initialisation import initial_params
+from metarisk_common.models import record_losses
 from metarisk_common.plan import Plan
 from metarisk_common.tasks import Task
 from metarisk_common.wire import Refusal, TrainOrder, TrainReport, decode_reply, encode_order
@@ -79,10 +80,10 @@ def test_sigma_divisor_and_steps_are_those_of_the_plan_whatever_the_records(
 
     def watched(*arguments: Any, **public: Any) -> Any:
         gradient = private_gradients(*arguments, **public)
-        seen.append([public["mechanism"], public["expected_batch_size"], 0])
+        seen.append([arguments[1], public["mechanism"], public["expected_batch_size"], 0])
 
         def counted(params: Any, tasks: Any) -> Any:
-            seen[-1][2] += 1
+            seen[-1][-1] += 1
             return gradient(params, tasks)
 
         return counted
@@ -91,7 +92,8 @@ def test_sigma_divisor_and_steps_are_those_of_the_plan_whatever_the_records(
     one_class = own.with_columns(pl.lit("good").alias("outcome"))
     for frame in (own, pl.concat([own, own.head(1)]), own.head(3), flipped(own, 0), one_class):
         assert isinstance(ask(opened(frame), order), TrainReport)
-    assert seen == [[plan.mechanism, SIZE, plan.inner.local_steps]] * 5
+    # The very loss, too: a weight of the classes would be one more constant that the records decide.
+    assert seen == [[record_losses, plan.mechanism, SIZE, plan.inner.local_steps]] * 5
 
 
 def test_a_class_or_a_missing_cell_makes_no_bank_decline(
@@ -106,7 +108,10 @@ def test_a_class_or_a_missing_cell_makes_no_bank_decline(
 
 def test_a_record_is_encoded_from_itself_and_public_constants_alone(own: pl.DataFrame, plan: Plan) -> None:
     whole = from_frame(own, plan.data, "Lender A", "loans")
-    for row in (0, 7, SIZE - 1):
+    # The extremes among them: a bound that the table decides moves nobody else.
+    ends = [end for name in ("income", "age") for end in (own[name].arg_min(), own[name].arg_max())]
+    for row in (0, 7, SIZE - 1, *ends):
+        assert row is not None
         alone = from_frame(own.slice(row, 1), plan.data, "Lender A", "loans")
         np.testing.assert_array_equal(alone.x[0], whole.x[row])
     assert np.linalg.norm(whole.x, axis=1).max() <= 1 + 1e-6
@@ -203,6 +208,23 @@ def test_a_batch_that_is_nearly_always_empty_is_noised_and_charged_like_any(
     assert isinstance(report, TrainReport)
     assert (report.event.steps, report.event.sample_rate) == (plan.inner.local_steps, 1e-5)
     assert all(np.isfinite(value).all() and np.all(value != 0) for value in report.update.values())
+
+
+def test_a_bank_that_answers_writes_no_file_and_no_line_that_its_records_decide(
+    opened: Callable[..., Bank], own: pl.DataFrame, order: TrainOrder,
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    ledger = {f"ledger.{name}" for name in ("sqlite", "sqlite-wal", "sqlite-shm", "head", "key")}
+    written = {"institution.toml", "loans.csv", f"approved/{order.plan_hash}.json", *ledger}
+    for frame in (own, flipped(own, 0), own.head(3)):
+        bank = opened(frame)
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG):
+            assert isinstance(ask(bank, order), TrainReport)
+        # Not even a norm: a search for known values would miss it, silence would not.
+        assert (caplog.messages, *capfd.readouterr()) == ([], "", "")
+        folder = bank.institution.folder
+        assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == written
 
 
 CANARY = 123456.789

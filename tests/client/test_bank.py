@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,9 +16,11 @@ import client.bank
 from client.bank import Bank
 from client.dataset import Dataset, load_dataset
 from client.ledger import Ledger, OrderKey
+from client.training import meta_update
 from metarisk_common.errors import ConfigError, IntegrityError
 from metarisk_common.features import Encoder
 from metarisk_common.initialisation import initial_params
+from metarisk_common.params import Params
 from metarisk_common.plan import Plan
 from metarisk_common.schema import Schema
 from metarisk_common.wire import (
@@ -116,6 +119,25 @@ def test_a_crash_between_reserve_and_release_is_taken_up_under_the_same_reservat
     spent = bank.ledger.spent()
     assert report(bank, order).counter == 2
     assert (kinds(folder), bank.ledger.spent()) == (["create", "approve", "reserve", "release"], spent)
+
+
+def test_of_two_processes_under_one_reservation_the_one_that_is_overtaken_sends_the_others_report(
+    tmp_path: Path, make_bank: MakeBank, plan: Plan, own: pl.DataFrame, order: TrainOrder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = make_bank(tmp_path / "twice", plan, own, seed=None)
+    slow, fast, sent = Bank(folder), Bank(folder), []
+
+    def overtaken(*arguments: Any, **public: Any) -> Params:
+        monkeypatch.setattr(client.bank, "meta_update", meta_update)
+        sent.append(report(fast, order))
+        return meta_update(*arguments, **public)
+
+    monkeypatch.setattr(client.bank, "meta_update", overtaken)
+    assert report_to_bytes(report(slow, order)) == report_to_bytes(sent[0])
+    assert kinds(folder) == ["create", "approve", "reserve", "release"]
+    slow.close()
+    fast.close()
 
 
 def test_a_plan_that_is_not_approved_is_refused_unread(bank: Bank, folder: Path, order: TrainOrder) -> None:

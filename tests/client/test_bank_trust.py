@@ -6,12 +6,15 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from flwr.app import Context, Message, MessageType, RecordDict
 
+from client.app import FOLDER_KEY, SIMULATION_KEY, app
 from client.approval import approve, revoke
 from client.bank import Bank
 from client.ledger import Ledger
 from metarisk_common.errors import ConfigError
 from metarisk_common.features import Encoder
+from metarisk_common.flower_compat import identify_process
 from metarisk_common.initialisation import initial_params
 from metarisk_common.plan import Plan, ScoreHistograms
 from metarisk_common.wire import (
@@ -54,6 +57,17 @@ def order(plan: Plan) -> TrainOrder:
 def test_outside_simulations_a_seed_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"institution\.toml.*'simulation' seeds the noise"):
         Bank(folder)
+
+
+@pytest.mark.parametrize("said", [{}, {SIMULATION_KEY: "no"}, {SIMULATION_KEY: True}])
+def test_a_node_is_of_a_simulation_only_where_its_own_configuration_says_so(
+    folder: Path, order: TrainOrder, said: dict[str, str | bool]
+) -> None:
+    identify_process(1, 1)
+    message = Message(encode_order(order), 2, MessageType.TRAIN, ttl=60.0)
+    context = Context(1, 2, {FOLDER_KEY: str(folder), **said}, RecordDict(), {})
+    with pytest.raises(ConfigError, match="seeds the noise"):
+        app(message, context)
 
 
 def test_a_plan_is_answered_while_it_is_approved_and_no_longer(bank: Bank, folder: Path, order: TrainOrder) -> None:

@@ -62,12 +62,13 @@ def test_each_unit_comes_by_a_coin_of_its_own(unit: Tensor | None) -> None:
     assert abs(np.corrcoef(present[1:].ravel(), present[:-1].ravel())[0, 1]) < 4.5 / np.sqrt(present.size)
 
 
+@pytest.mark.parametrize("rate", [0.05, RATE, 0.6, 0.97])
 @pytest.mark.parametrize("unit", [None, UNIT], ids=["records", "units"])
-def test_the_batch_size_is_binomial(unit: Tensor | None) -> None:
+def test_the_batch_size_is_binomial(unit: Tensor | None, rate: float) -> None:
     rng = SecureRandom.seeded(2, "sizes")
-    sizes = [poisson_batch(task(unit), RATE, rng).units for _ in range(DRAWS)]
+    sizes = [poisson_batch(task(unit), rate, rng).units for _ in range(DRAWS)]
     units = ROWS if unit is None else 9
-    expected = DRAWS * stats.binom(units, RATE).pmf(np.arange(units + 1))
+    expected = DRAWS * stats.binom(units, rate).pmf(np.arange(units + 1))
     found = np.bincount(sizes, minlength=units + 1)
     common = expected > 5
     rest = [found[~common].sum()], [expected[~common].sum()]

@@ -52,6 +52,13 @@ def test_every_record_is_counted_once_by_its_outcome(asking: Plan, own: pl.DataF
         np.testing.assert_array_equal(count, found[name])
 
 
+def test_a_records_cell_is_its_own_whoever_else_is_there(asking: Plan, own: pl.DataFrame) -> None:
+    # By outcome: edges that a table's own base rate decides would differ between all three.
+    parts = [released(quiet(asking), own.filter(pl.col("outcome") == outcome)) for outcome in ("good", "bad")]
+    for name, count in released(quiet(asking), own).items():
+        np.testing.assert_array_equal(count, parts[0][name] + parts[1][name])
+
+
 def test_the_noise_is_the_promised_one_and_fresh(asking: Plan, own: pl.DataFrame) -> None:
     exact = released(quiet(asking), own)
     noise = np.concatenate(
