@@ -11,7 +11,7 @@ from polars.exceptions import NoDataError, PanicException, PolarsError
 from metarisk_common.errors import DataError
 from metarisk_common.features import Counts, Encoder
 from metarisk_common.schema import Schema
-from metarisk_common.table import check_table, labels, segments, units, usable_rows
+from metarisk_common.table import check_identifiers, check_table, labels, segments, units, usable_rows
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,10 @@ def from_frame(
     rows = frame.height
     if drop_unfit:
         frame = frame.filter(usable_rows(frame, schema, where))
-    if frame.height or not drop_unfit:
+        # All that `check_table` looks at besides single cells; encoding would raise for those once more.
+        if schema.identifier is not None:
+            check_identifiers(frame, schema.identifier, where)
+    else:
         check_table(frame, schema, where)
     unit = None
     if schema.privacy_unit is not None:

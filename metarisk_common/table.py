@@ -46,7 +46,7 @@ def check_table(frame: pl.DataFrame, schema: Schema, where: str) -> None:
     if schema.segment is not None:
         segments(frame, schema.segment, where)
     if schema.identifier is not None:
-        _check_identifiers(frame, schema.identifier, where)
+        check_identifiers(frame, schema.identifier, where)
     if schema.privacy_unit is not None:
         units(frame, schema.privacy_unit, where)
 
@@ -222,7 +222,14 @@ def split_by_institution(frame: pl.DataFrame, schema: Schema, where: str) -> dic
     return {name: frame[rows] for name, rows in zip(rows_of["name"], rows_of["row"], strict=True)}
 
 
-def _check_identifiers(frame: pl.DataFrame, name: str, where: str) -> None:
+def check_identifiers(frame: pl.DataFrame, name: str, where: str) -> None:
+    """Raise unless every record has an identifier of its own.
+
+    Raises:
+        DataError: some have none, or one that another has.
+
+    """
+    require_columns(frame, (name,), where)
     text = _texts(frame, name, where)
     absent = text.null_count()
     if absent:
