@@ -114,7 +114,8 @@ def affordable_steps(
         count = min(max(round(x), 1), most)
         return count, _mu_squared(privacy.estimate(events(count), delta, about=epsilon), delta) - base
 
-    first = wanted / sample_rate**2 / _growth(noise_multiplier, sample_rate) / multiple
+    growth = sample_rate**2 * _growth(noise_multiplier, sample_rate) * multiple
+    first = wanted / growth if growth > wanted / most else float(most)
     x, slope = _solve(roughly, first, wanted)
     count, fits, fails, last = int(x), 0, most + 1, (0.0, 0.0)
     while fails - fits > 1:

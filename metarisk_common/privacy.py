@@ -189,6 +189,8 @@ def _gaussian_delta(epsilon: Any, mu: float) -> Any:  # noqa: ANN401 - a number 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
     """Give the least epsilon of a Gaussian step by bisection, from above."""
     low, high = 0.0, mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta))
+    if high == 0:  # So much noise that mu is lost in rounding.
+        return low
     if _gaussian_delta(low, mu) <= delta or not math.isfinite(high):
         return low if math.isfinite(high) else math.inf
     while low < (middle := (low + high) / 2) < high:

@@ -171,3 +171,10 @@ def test_noise_needs_a_schedule(argument: str, values: dict[str, float]) -> None
 def test_steps_need_a_mechanism(argument: str, values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"^{argument} must"):
         affordable_steps(1.0, DELTA, **{"sample_rate": 1.0, "noise_multiplier": 1.0, **values})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("noise_multiplier", [1e9, 1e200, 1e300])
+def test_with_noise_beyond_all_measure_the_limit_is_what_can_be_afforded(noise_multiplier: float) -> None:
+    for sample_rate in (1.0, 0.5):
+        found = affordable_steps(3.0, 1e-5, noise_multiplier=noise_multiplier, sample_rate=sample_rate, limit=1000)
+        assert found == 1000

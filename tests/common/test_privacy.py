@@ -108,6 +108,7 @@ def test_limits() -> None:
     assert epsilon([event(0.0, 0.5, 1)], DELTA) == math.inf
     assert epsilon([event(0.0, 0.5, 1, "a"), event(9.0, 1.0, 1)], DELTA) == math.inf
     assert epsilon([event(1e9, 1.0, 1)], DELTA) == 0
+    assert epsilon([event(1e200, 1.0, 1)], DELTA) == epsilon([event(1e300, 0.5, 9)], DELTA) == 0
     assert epsilon([event(1e-200, 1.0, 1)], DELTA) == math.inf
     # So little noise that the loss distribution would not fit the memory: the ceiling stands in for it.
     assert 1e3 < epsilon([event(0.01, 0.5, 10**6)], DELTA) < math.inf
