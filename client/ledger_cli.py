@@ -162,20 +162,21 @@ def plan(
     if not all(_LEAST_NOISE <= value <= _MOST_NOISE for value in noises):
         raise ConfigError(f"--noise: must lie between {_LEAST_NOISE:g} and {_MOST_NOISE:g}")
     budget, spent = _means(place, epsilon, delta)
-    if plan_file is not None:
-        chosen = read_plan(plan_file)
-        carried = for_plan(chosen, epsilon=budget.epsilon, delta=budget.delta, spent=spent)
-        answer, shown = forecast_to_json(carried), plan_table(chosen.name, carried)
-    else:
-        found = forecast(
-            epsilon=budget.epsilon,
-            delta=budget.delta,
-            spent=spent,
-            sample_rates=rates,
-            noise_multipliers=noises,
-            local_steps=steps,
-        )
-        answer, shown = forecast_to_json(found), table(found)
+    with Console(stderr=True).status("working out how far the budget carries"):  # on a terminal only
+        if plan_file is not None:
+            chosen = read_plan(plan_file)
+            carried = for_plan(chosen, epsilon=budget.epsilon, delta=budget.delta, spent=spent)
+            answer, shown = forecast_to_json(carried), plan_table(chosen.name, carried)
+        else:
+            found = forecast(
+                epsilon=budget.epsilon,
+                delta=budget.delta,
+                spent=spent,
+                sample_rates=rates,
+                noise_multipliers=noises,
+                local_steps=steps,
+            )
+            answer, shown = forecast_to_json(found), table(found)
     if as_json:
         typer.echo(json.dumps(answer))
     else:
