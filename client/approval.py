@@ -1,9 +1,9 @@
 """A bank's word on a plan: the plan itself on the bank's disk, the approval and its terms in the ledger."""
 
-import os
 from pathlib import Path
 
 from metarisk_common.errors import ConfigError
+from metarisk_common.files import write_atomically
 from metarisk_common.plan import Plan
 
 from .config import APPROVED_FOLDER, Institution, load_institution
@@ -40,7 +40,12 @@ def approve(folder: Path, plan: Plan, *, epsilon: float | None = None, until_sec
     institution = load_institution(folder)
     check_plan(plan, institution.config)
     with open_ledger(institution) as ledger:
-        _write(folder / APPROVED_FOLDER / f"{plan.hash()}.json", plan.to_json())
+        path = folder / APPROVED_FOLDER / f"{plan.hash()}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, plan.to_json().encode())
+        except OSError as error:
+            raise ConfigError(f"{path}: the plan cannot be written here: {error.strerror}") from None
         ledger.approve(plan.hash(), epsilon=epsilon, until_seconds=until_seconds)
 
 
@@ -55,17 +60,3 @@ def revoke(folder: Path, plan_hash: str) -> None:
     """
     with open_ledger(load_institution(folder)) as ledger:
         ledger.revoke(plan_hash)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole and onto the disk: a plan that is cut short would refuse every order."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: the plan cannot be written here: {error.strerror}") from None

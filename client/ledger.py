@@ -192,10 +192,13 @@ class Ledger:
             state.turn_of(reservation).again(reservation.key, reservation.event)
             self._file.append("abandon", {"reserved": reservation.seq}, now)
 
-    def released_report(self, key: OrderKey) -> bytes | None:
+    def released_report(self, key: OrderKey, *, now: float | None = None) -> bytes | None:
         """Give the report released for exactly this order, if it is the newest of its run and kind, else None.
 
+        Sending it again releases nothing new; but whoever takes an approval back wants nothing sent any more.
+
         Raises:
+            RefusedError: the plan is no longer approved (code "plan"), where this ledger may be written.
             IntegrityError: the stored report is not the one that was released.
 
         """
@@ -209,8 +212,8 @@ class Ledger:
             raise IntegrityError(f"{self._path}: the stored report of entry {turn.ended} is not the one released")
         if self._writable:
             # Should its signed head be missing still, it is written before the report goes.
-            with self._file.transaction():
-                pass
+            with self._file.transaction() as state:
+                state.approval_of(key.plan_hash, self._file.moment(now))
         return report
 
     def check_echo(self, counter: int, receipt: str) -> None:

@@ -6,7 +6,6 @@ their content in their name and the manifest is replaced last, so at every insta
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from metarisk_common.errors import IntegrityError
+from metarisk_common.files import write_atomically
 
 from .state import ServerState
 
@@ -100,21 +100,6 @@ def _read_state(folder: Path, sealed: bytes) -> tuple[ServerState, dict[str, Any
         ledgers={name: (counter, receipt) for name, (counter, receipt) in manifest["ledgers"].items()},
     )
     return state, manifest["record"]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash at any instant leaves the old content or the new one, on the disk."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

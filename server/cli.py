@@ -13,10 +13,11 @@ from safetensors.numpy import save
 
 from metarisk_common.commands import run_app, show_version
 from metarisk_common.errors import ConfigError
+from metarisk_common.files import write_atomically
 from metarisk_common.plan import read_plan
 
 from .app import is_not_private
-from .checkpoint import load_checkpoint, write_atomically
+from .checkpoint import load_checkpoint
 from .journal import read_journal
 from .rounds import CHECKPOINT, JOURNAL
 

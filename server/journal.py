@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metarisk_common.errors import IntegrityError
-
-from .checkpoint import write_atomically
+from metarisk_common.files import write_atomically
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

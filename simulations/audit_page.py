@@ -13,8 +13,8 @@ import polars as pl
 
 from metarisk_common.charts import Layout, Words
 from metarisk_common.errors import ConfigError
+from metarisk_common.files import write_atomically
 from metarisk_common.pages import page_environment
-from server.checkpoint import write_atomically
 
 from .audit import Audit, Request
 from .audit_chart import distributions

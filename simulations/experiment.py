@@ -17,12 +17,13 @@ from client.ledger import Ledger
 from client.training import tasks_for
 from metarisk_common.errors import ConfigError, IntegrityError, MetariskError
 from metarisk_common.features import Encoder
+from metarisk_common.files import write_atomically
 from metarisk_common.params import Params
 from metarisk_common.plan import Plan
 from metarisk_common.privacy import PrivacyEvent, epsilon
 from server.app import RUN_FOLDER_KEY
 from server.app import app as server_app
-from server.checkpoint import load_checkpoint, write_atomically
+from server.checkpoint import load_checkpoint
 from server.journal import read_journal
 from server.rounds import CHECKPOINT, JOURNAL
 

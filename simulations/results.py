@@ -21,11 +21,11 @@ from metarisk_common.evaluation import (
     summarise,
 )
 from metarisk_common.features import Encoder
+from metarisk_common.files import write_atomically
 from metarisk_common.models import build, forward, to_tensors
 from metarisk_common.params import Params
 from metarisk_common.schema import Schema
 from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
-from server.checkpoint import write_atomically
 
 from . import baselines
 from .experiment import MAIN, data_files

@@ -32,11 +32,11 @@ from client.config import CONFIG_FILE
 from client.ledger import Ledger
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError, DataError
+from metarisk_common.files import write_atomically
 from metarisk_common.plan import Plan, read_plan
 from metarisk_common.schema import CategoricalColumn, Schema
 from metarisk_common.table import categories, check_table, check_two_classes, labels, split_by_institution
 from metarisk_common.tasks import few_shot_draw
-from server.checkpoint import write_atomically
 from server.journal import read_journal
 from server.rounds import JOURNAL
 

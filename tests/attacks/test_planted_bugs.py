@@ -83,54 +83,72 @@ def hardly_a_batch(task: Any, sample_rate: float, rng: SecureRandom) -> Any:
     return real_poisson_batch(task, sample_rate / 2, rng)
 
 
-BATCH = 0.25 * 4500  # the divisor of the bank of 2000 canaries: rate times declared size
+BATCH = 0.25 * 6500  # the divisor of the bank of 4000 canaries: rate times declared size
 
 
 def mean_clipped(total: Tensor, std: float, rng: SecureRandom) -> Tensor:
-    """What the batch's mean gradient clipped to C, instead of each record's, comes to."""
+    """What the batch's mean gradient clipped to C, instead of each record's, comes to.
+
+    Canaries' gradients point everywhere, so their mean is short and the clip never binds: as good as none.
+    """
     clip = 0.05
     return real_noised(total * min(1.0, clip * BATCH / float(total.norm())), std, rng)
 
 
+CLAIMS = (1.0, 4.0, 8.0)
+
+
+def row(name: str, epsilon: float, found: Audit) -> None:
+    """Print a line of the table in docs/privacy.md, which pytest shows with -rP."""
+    figures = found.findings.figures
+    told = {"bound": figures.bound, "noise": figures.noise.value, "shift": figures.shift_canaries.value}
+    text = ", ".join(f"{key} {value:.2f}" for key, value in told.items())
+    print(f"{name}: claim {epsilon:g}, {text}, {found.findings.verdict}")  # noqa: T201 - for whoever asks for it
+
+
+@pytest.mark.parametrize("epsilon", CLAIMS)
 @pytest.mark.parametrize(
-    ("bugs", "least", "most", "also", "canaries"),
+    ("name", "bugs", "shift", "also"),
     [
-        ({"noised": noise_halved}, 0.8, 1.2, "noise", 2000),
-        ({"noised": noise_by_root_two}, 0.8, 1.2, "noise", 4000),
-        ({"clip_factors": no_clipping}, 15.0, 25.0, "shift", 2000),
-        ({"clip_factors": no_clipping, "noised": mean_clipped}, 10.0, 25.0, "shift", 2000),
-        ({"clip_factors": one_factor_for_the_batch}, 1.5, 3.0, "shift_canaries", 2000),
-        ({"poisson_batch": counted_twice}, 1.8, 2.2, "shift", 2000),
-        ({"poisson_batch": full_batch}, 3.8, 4.2, "shift", 2000),
+        ("noise halved", {"noised": noise_halved}, (0.8, 1.2), "noise"),
+        ("noise by root two", {"noised": noise_by_root_two}, (0.8, 1.2), "noise"),
+        ("no clipping", {"clip_factors": no_clipping}, (15.0, 25.0), "shift"),
+        ("batch's mean clipped", {"clip_factors": no_clipping, "noised": mean_clipped}, (10.0, 25.0), "shift"),
+        ("batch clipped by one factor", {"clip_factors": one_factor_for_the_batch}, (1.5, 3.0), "shift_canaries"),
+        ("canary counted twice", {"poisson_batch": counted_twice}, (1.8, 2.2), "shift"),
+        ("full batch sold as Poisson", {"poisson_batch": full_batch}, (3.8, 4.2), "shift"),
     ],
-    ids=[
-        "noise halved", "noise by root two", "no clipping", "batch clipped as one", "one factor for the batch",
-        "canary counted twice", "full batch sold as Poisson",
-    ],
-)  # fmt: skip
+)
 def test_a_bug_that_leaks_is_caught_by_the_bound_and_by_its_figure(
+    name: str,
     bugs: dict[str, Any],
-    least: float,
-    most: float,
+    shift: tuple[float, float],
     also: str,
-    canaries: int,
+    epsilon: float,
     attack: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, bug in bugs.items():
-        monkeypatch.setattr(MECHANISM, name, bug)
-    findings = attack(canaries=canaries).findings
+    for act, bug in bugs.items():
+        monkeypatch.setattr(MECHANISM, act, bug)
+    found = attack(epsilon=epsilon)
+    row(name, epsilon, found)
+    findings = found.findings
     assert findings.verdict == "FALSIFIED"
-    assert findings.figures.bound > findings.claim.epsilon
-    assert least < findings.figures.shift_canaries.value < most
+    # A little too little noise under much noise shows in its deviation, not in what one attack can prove.
+    assert findings.figures.bound > epsilon or (name == "noise by root two" and epsilon == 1)
+    canaries = findings.figures.shift_canaries
+    assert shift[0] - 3 * canaries.error < canaries.value < shift[1] + 3 * canaries.error
     assert beyond_chance(getattr(findings.figures, also))
 
 
+@pytest.mark.parametrize("epsilon", CLAIMS)
 def test_noise_that_is_the_same_each_round_is_caught_by_its_correlation(
-    attack: Any, monkeypatch: pytest.MonkeyPatch
+    epsilon: float, attack: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client.bank, "noise_source", lambda *_: SecureRandom.seeded(1))
-    findings = attack(canaries=1000).findings
+    found = attack(epsilon=epsilon)
+    row("noise reused each round", epsilon, found)
+    findings = found.findings
     assert findings.verdict == "FALSIFIED"
     assert findings.figures.between_rounds.value > 0.95
     # No other figure sees it: the noise of each release is what it should be, only not new.
@@ -158,9 +176,11 @@ def test_an_mlp_whose_noise_is_halved_is_caught_too(attack: Any, monkeypatch: py
     assert attack(canaries=1000, model="mlp").findings.verdict == "FALSIFIED"
 
 
-@pytest.mark.parametrize("epsilon", [1.0, 4.0, 8.0])
+@pytest.mark.parametrize("epsilon", CLAIMS)
 def test_the_engine_as_it_is_keeps_its_claim(epsilon: float, attack: Any) -> None:
-    findings = attack(epsilon=epsilon).findings
+    found = attack(epsilon=epsilon)
+    row("as it is", epsilon, found)
+    findings = found.findings
     assert findings.verdict == "PASS"
     assert 0 < findings.figures.bound <= epsilon
     assert findings.figures.noise.value == pytest.approx(1, abs=0.04)

@@ -74,6 +74,7 @@ def test_a_plan_is_answered_while_it_is_approved_and_no_longer(bank: Bank, folde
     report(bank, order)
     revoke(folder, order.plan_hash)
     assert refusal(bank, replace(order, round=2)).code == "plan"
+    assert refusal(bank, order).code == "plan", "not even what left before is sent again"
     spent = bank.ledger.spent()
     approve(folder, bank.institution.approved_plan(order.plan_hash), epsilon=spent * 1.01)
     assert refusal(bank, replace(order, round=2)).code == "budget"
@@ -139,3 +140,26 @@ def refusal(bank: Bank, order: TrainOrder) -> Refusal:
 def kinds(folder: Path) -> list[str]:
     with Ledger.read(folder / "ledger.sqlite") as ledger:
         return [entry.kind for entry in ledger.entries()]
+
+
+def test_folders_of_two_consortia_spend_of_one_ledger(
+    tmp_path: Path, make_bank: MakeBank, plan: Plan, own: pl.DataFrame, order: TrainOrder
+) -> None:
+    folders = [make_bank(tmp_path / name, plan, own, epsilon=3.0) for name in ("first", "second")]
+    for folder in folders:
+        config = folder / "institution.toml"
+        text = config.read_text(encoding="utf-8")
+        config.write_text(f'source = "the loans"\nledger = "../loans.sqlite"\n{text}', encoding="utf-8")
+        approve(folder, plan)
+    banks = [Bank(folder, simulation=True) for folder in folders]
+    done = 0
+    for number in range(1, 13):
+        for bank, run in zip(banks, ("one", "other"), strict=True):
+            reply = decode_reply(bank.answer(encode_order(replace(order, run_id=run, round=number))))
+            assert isinstance(reply, TrainReport) or reply.code == "budget"
+            done += isinstance(reply, TrainReport)
+    assert [len(bank.ledger.events()) for bank in banks] == [done, done]
+    assert 0 < done < 12
+    assert banks[0].ledger.spent() == banks[1].ledger.spent() <= 3.0
+    for bank in banks:
+        bank.close()

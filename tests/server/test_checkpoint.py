@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from metarisk_common.errors import IntegrityError
+from metarisk_common.files import write_atomically
 from server import checkpoint
-from server.checkpoint import MANIFEST, load_checkpoint, save_checkpoint, write_atomically
+from server.checkpoint import MANIFEST, load_checkpoint, save_checkpoint
 from server.optimizers import adam, momentum, sgd
 from server.state import ServerState
 
