@@ -91,18 +91,21 @@ class Nursery:
         self._process.kill()
         self._process.communicate()
 
-    def live(self, server: Server, seconds: float, *, wanted: int = 10**6) -> float:
-        """Let a bank answer until it is killed, after so many seconds or reports; tell how long it lived."""
+    def live(self, server: Server, *, reports: int, seconds: float) -> float:
+        """Let a bank give so many reports, ask it again, and kill it so many seconds later; tell how long it lived.
+
+        With no seconds it is not asked again, and dies between two rounds.
+        """
         child = int(self._say("start"))
         started = time.monotonic()
         pipe = self._listener.accept()
         try:
-            server.ask(pipe)
-            while wanted and (left := started + seconds - time.monotonic()) > 0:
-                if pipe.poll(left):
-                    server.take(pipe)
-                    wanted -= 1
-                    server.ask(pipe)
+            for _ in range(reports):
+                server.ask(pipe)
+                server.take(pipe)
+            if seconds:
+                server.ask(pipe)
+                time.sleep(seconds)
             lived = time.monotonic() - started
             os.kill(child, signal.SIGKILL)
             assert self._say() == str(-signal.SIGKILL)
@@ -136,12 +139,14 @@ def test_a_bank_killed_at_fifty_moments_forgets_nothing_and_releases_nothing_unc
     folder = make_bank(tmp_path / "bank", endless, make_loans(lenders=1), epsilon=50.0, seed=None)
     server = Server(endless)
     with Nursery(folder, str(tmp_path / "pipe"), environment) as nursery:
-        window = nursery.live(server, 60.0, wanted=6)
-        assert len(server.arrived) == 6
-        moments = random.Random(20)
+        # Reading the table and the first answer take longest: kills fall into them, and into what comes before.
+        window = 1.5 * nursery.live(server, reports=1, seconds=0.0)
+        moments, wanted = random.Random(20), 1
         spent, ends = 0.0, Counter[str]()
         for _ in range(KILLS):
-            nursery.live(server, moments.uniform(0.0, window))
+            reports = moments.choice([0, 0, 1])
+            nursery.live(server, reports=reports, seconds=moments.choice([0.0, *[moments.uniform(0.0, window)] * 9]))
+            wanted += reports
             with Ledger.read(folder / "ledger.sqlite") as ledger:
                 ledger.verify()
                 assert ledger.spent() >= spent, "epsilon on disk never falls"
@@ -158,7 +163,7 @@ def test_a_bank_killed_at_fifty_moments_forgets_nothing_and_releases_nothing_unc
             for number, report in server.arrived.items():
                 assert released[reserved[number]] == hashlib.sha256(report).hexdigest(), "what left is what was charged"
             assert len(reserved) <= len(server.arrived) + 1
-    # The moments were worth something: banks died before, while and after they computed, and the run went on.
-    assert ends["reserve"] >= 3, ends
-    assert ends["release"] >= 3, ends
-    assert len(server.arrived) >= 20
+    # The moments were worth something: banks died at work and between two rounds, and the run went on.
+    assert ends["reserve"] > 0, ends
+    assert ends["release"] > 0, ends
+    assert len(server.arrived) >= wanted > 10
