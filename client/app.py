@@ -1,12 +1,13 @@
 """The Flower ClientApp: finds the bank's folder and lets the bank answer."""
 
+import logging
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from metarisk_common.errors import ConfigError
+from metarisk_common.errors import ConfigError, MetariskError
 
 from .bank import Bank
 
@@ -15,6 +16,8 @@ SIMULATION_KEY = "metarisk-simulation"
 
 # Two threads make products of this size slower, and a spinning second thread much slower still.
 torch.set_num_threads(1)
+
+log = logging.getLogger("metarisk.client")
 
 app = ClientApp()
 
@@ -34,8 +37,17 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    simulation = context.node_config.get(SIMULATION_KEY) == "yes"
-    return Message(open_bank(folder_of(context), simulation=simulation).answer(message.content), reply_to=message)
+    folder, simulation = folder_of(context), context.node_config.get(SIMULATION_KEY) == "yes"
+    try:
+        bank = open_bank(folder, simulation=simulation)
+    except Exception as error:
+        if simulation:
+            raise  # The person at the simulation is the bank's own.
+        reason = str(error) if isinstance(error, MetariskError) else type(error).__name__
+        log.error("the bank cannot be opened: %s", reason)  # noqa: TRY400 - the text says it all
+        # Flower sends the text of an exception to the server: only a constant may leave the bank.
+        raise MetariskError("the bank cannot answer") from None
+    return Message(bank.answer(message.content), reply_to=message)
 
 
 def folder_of(context: Context) -> Path:

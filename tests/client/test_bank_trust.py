@@ -12,7 +12,7 @@ from client.app import FOLDER_KEY, SIMULATION_KEY, app
 from client.approval import approve, revoke
 from client.bank import Bank
 from client.ledger import Ledger
-from metarisk_common.errors import ConfigError
+from metarisk_common.errors import ConfigError, MetariskError
 from metarisk_common.features import Encoder
 from metarisk_common.flower_compat import identify_process
 from metarisk_common.initialisation import initial_params
@@ -61,13 +61,30 @@ def test_outside_simulations_a_seed_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("said", [{}, {SIMULATION_KEY: "no"}, {SIMULATION_KEY: True}])
 def test_a_node_is_of_a_simulation_only_where_its_own_configuration_says_so(
-    folder: Path, order: TrainOrder, said: dict[str, str | bool]
+    folder: Path, order: TrainOrder, said: dict[str, str | bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    identify_process(1, 1)
-    message = Message(encode_order(order), 2, MessageType.TRAIN, ttl=60.0)
-    context = Context(1, 2, {FOLDER_KEY: str(folder), **said}, RecordDict(), {})
-    with pytest.raises(ConfigError, match="seeds the noise"):
-        app(message, context)
+    with pytest.raises(MetariskError, match="cannot answer"):
+        ask_app(folder, order, **said)
+    assert "seeds the noise" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["institution.toml", "ledger.sqlite", "ledger.head", "ledger.key", "all of it"])
+def test_why_a_bank_cannot_be_opened_stays_in_its_own_log(
+    tmp_path: Path, make_bank: MakeBank, plan: Plan, own: pl.DataFrame, order: TrainOrder, broken: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder = make_bank(tmp_path / "production", plan, own, seed=None)
+    if broken == "all of it":
+        folder = folder.with_name("nowhere")
+    else:
+        (folder / broken).write_bytes(b"epsilon = 3 of customer 4711")
+    with pytest.raises(MetariskError) as raised:
+        ask_app(folder, order)
+    # Flower sends the exception's class and text to the server, whatever they are.
+    assert (type(raised.value), str(raised.value)) == (MetariskError, "the bank cannot answer")
+    assert raised.value.__suppress_context__
+    assert str(folder) in caplog.text
+    assert "4711" not in caplog.text
 
 
 def test_a_plan_is_answered_while_it_is_approved_and_no_longer(bank: Bank, folder: Path, order: TrainOrder) -> None:
@@ -163,3 +180,10 @@ def test_folders_of_two_consortia_spend_of_one_ledger(
     assert banks[0].ledger.spent() == banks[1].ledger.spent() <= 3.0
     for bank in banks:
         bank.close()
+
+
+def ask_app(folder: Path, order: TrainOrder, **said: str | bool) -> Message:
+    """Ask the production app as Flower does; `said` stands in its node's configuration."""
+    identify_process(1, 1)
+    message = Message(encode_order(order), 2, MessageType.TRAIN, ttl=60.0)
+    return app(message, Context(1, 2, {FOLDER_KEY: str(folder), **said}, RecordDict(), {}))
