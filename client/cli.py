@@ -19,24 +19,22 @@ from metarisk_common.commands import run_app, show_version
 from metarisk_common.errors import ConfigError
 from metarisk_common.features import Encoder
 from metarisk_common.initialisation import param_shapes
-from metarisk_common.plan import Plan, read_plan
-from metarisk_common.table import check_two_classes
+from metarisk_common.plan import read_plan
 
-from . import approval, ledger_cli
+from . import approval, ledger_cli, run_cli, setup_cli
 from .charges import charges_of
+from .checking import plan_cost
 from .config import Institution, load_institution
-from .dataset import load_dataset
 from .ledger import Approval, Ledger
 from .ledger_cli import AsJson, print_table
 from .places import find
-from .plain_words import Cost, PlainPlan, Terms, cost_of, describe, epsilon_text, until_text
+from .plain_words import PlainPlan, Terms, describe, epsilon_text, until_text
 from .policy import check_plan
 from .statement import approval_rows
 from .statement_page import plain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(ledger_cli.app, name="ledger")
-Folder = Annotated[Path, typer.Argument(help="The bank's folder.")]
 Version = Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")]
 Home = Annotated[Path, typer.Option("--folder", help="The bank's folder; by default, the current one.")]
 
@@ -46,37 +44,15 @@ def common(_: Version = False) -> None:  # noqa: FBT002 - a flag
     """Look after a bank's own folder: its table, its approvals, its privacy ledger. Nothing here leaves the bank."""
 
 
-@app.command(epilog="Example: metarisk-client check runs/sba-loans-001/banks/001-1st-source-bank --plan plan.json")
-def check(
-    folder: Folder,
-    plan: Annotated[Path, typer.Option(help="The plan (JSON) whose schema the table should fit.")],
-    as_json: AsJson = False,  # noqa: FBT002 - a flag
-) -> None:
-    """Check the bank's table against a plan's schema, and count what would be clipped or is missing."""
-    institution = load_institution(folder)
-    schema = read_plan(plan).data
-    dataset = load_dataset(institution.data_path, schema, institution.config.name)
-    check_two_classes(dataset.y, str(institution.data_path))
-    positives = int(dataset.y.sum())
-    if as_json:
-        columns = {name: vars(counts) for name, counts in dataset.counts.columns.items()}
-        typer.echo(json.dumps({"rows": dataset.counts.rows, "positives": positives, "columns": columns}))
-        return
-    outcome = f"{schema.label.name} = {schema.label.positive}"
-    title = f"{institution.config.name}: {dataset.counts.rows} rows, {positives} with {outcome}"
-    table = Table(title=title, caption="For this bank's eyes only; none of it is ever sent.", title_justify="left")
-    table.add_column("column")
-    for heading in ("missing", "below bounds", "above bounds", "unknown categories"):
-        table.add_column(heading, justify="right")
-    for name, counts in dataset.counts.columns.items():
-        table.add_row(
-            name,
-            str(counts.missing),
-            str(counts.clipped_below),
-            str(counts.clipped_above),
-            str(counts.unknown_categories),
-        )
-    Console().print(table)
+app.command(
+    epilog="Example: metarisk-client init banks/first --name 'First Bank' --data a.csv --declared-size 5000 --epsilon 3"
+)(setup_cli.init)
+app.command(epilog="Example: metarisk-client node-key banks/first")(setup_cli.node_key)
+app.command(epilog="Example: metarisk-client check banks/first --plan plan.json")(setup_cli.check)
+app.command(epilog="Example: metarisk-client budget banks/first --epsilon 4")(setup_cli.budget)
+app.command(epilog="Example: metarisk-client up banks/first")(run_cli.up)
+app.command(epilog="Example: metarisk-client status banks/first")(run_cli.status)
+app.command(epilog="Example: metarisk-client verify loans-001 --key signing.pub")(run_cli.verify)
 
 
 @app.command(epilog="Example: metarisk-client approve plan.json --epsilon 2 --until 2027-06-30")
@@ -96,7 +72,7 @@ def approve(
         raise ConfigError("--epsilon: the cap must be a finite number above 0; leave it out for no cap of its own")
     institution, chosen = load_institution(folder), read_plan(plan)
     check_plan(chosen, institution.config)
-    cost, standing = _cost(institution, chosen, epsilon)
+    cost, standing = plan_cost(institution, chosen, epsilon)
     size = sum(math.prod(shape) for shape in param_shapes(chosen.model, Encoder(chosen.data).width).values())
     terms = Terms(epsilon, None if until_seconds is None else until_text(until_seconds))
     words = describe(chosen, cost, size=size, terms=terms, standing=standing)
@@ -154,21 +130,6 @@ def approvals(
         print_table(table)
     else:
         typer.echo(f"{source}: no plan is approved")
-
-
-def _cost(institution: Institution, plan: Plan, cap: float | None) -> tuple[Cost, Terms | None]:
-    """Account for a whole run of a plan on top of the bank's ledger, if it has one, and tell its standing terms."""
-    plan_hash, budget = plan.hash(), institution.budget
-    if not institution.ledger_path.exists():
-        return cost_of(plan, budget=budget, cap=cap, spent=(), under_plan=()), None
-    with Ledger.read(institution.ledger_path) as ledger:
-        charges, standing = charges_of(ledger.entries()), ledger.approvals().get(plan_hash)
-    spent = [charge.event for charge in charges]
-    under_plan = [charge.event for charge in charges if charge.key.plan_hash == plan_hash]
-    cost = cost_of(plan, budget=budget, cap=cap, spent=spent, under_plan=under_plan)
-    if standing is None:
-        return cost, None
-    return cost, Terms(standing.epsilon, None if standing.until_seconds is None else until_text(standing.until_seconds))
 
 
 def _end_of(day: datetime | None) -> float | None:

@@ -1,10 +1,12 @@
 """A bank's folder: `institution.toml`, its table, its ledger, and the plans that it has approved."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from metarisk_common.config import Frozen, load_toml
 from metarisk_common.errors import ConfigError, RefusedError
@@ -14,6 +16,9 @@ from .ledger import Budget
 
 CONFIG_FILE = "institution.toml"
 APPROVED_FOLDER = "approved"
+CA_FILE = "ca.pem"
+_EXAMPLE_ADDRESS = "hub.example.org:9092"
+_MOST_PORT = 65535
 
 
 class PolicyConfig(Frozen):
@@ -36,6 +41,32 @@ class SimulationConfig(Frozen):
     seed: int = Field(ge=0)
 
 
+def _host_and_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    # A name, an IPv4 address, or an IPv6 address in brackets; no scheme, no path, no user.
+    named = re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]", host)
+    if not named or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= _MOST_PORT:
+        raise ValueError("must be host:port, such as hub.example.org:9092, without https:// before it")
+    return text
+
+
+class ServerSection(Frozen):
+    """Where the consortium's hub is; without it the folder serves local commands and simulations only."""
+
+    address: Annotated[str, Field(max_length=300), AfterValidator(_host_and_port)]
+    """Host and port of the hub's outside door, reached over TLS."""
+    ca: str = Field(default=CA_FILE, min_length=1)
+    """The operator's certificate authority, relative to the folder: the hub's certificate must come from it."""
+    bundles: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()
+    """SHA-256 of app bundles that are accepted besides the installed version's own."""
+
+
+class MetricsSection(Frozen):
+    """Prometheus metrics of the bank's own processes, on loopback only; port 0 turns them off."""
+
+    port: int = Field(default=0, ge=0, le=_MOST_PORT)
+
+
 class InstitutionConfig(Frozen):
     """`institution.toml`.
 
@@ -50,7 +81,14 @@ class InstitutionConfig(Frozen):
     source: str = Field(default="", max_length=200)
     ledger: str = Field(default="ledger.sqlite", min_length=1)
     policy: PolicyConfig
+    server: ServerSection | None = None
+    metrics: MetricsSection = MetricsSection()
     simulation: SimulationConfig | None = None
+
+    @property
+    def metrics_port(self) -> int:
+        """Loopback port of the metrics; 0 for none."""
+        return self.metrics.port
 
 
 @dataclass(frozen=True)
@@ -69,6 +107,41 @@ class Institution:
     def ledger_path(self) -> Path:
         """The bank's privacy ledger."""
         return self.folder / self.config.ledger
+
+    @property
+    def node_key(self) -> Path:
+        """The private key by which the hub knows this bank's node."""
+        return self.folder / "node.key"
+
+    @property
+    def node_public_key(self) -> Path:
+        """Its public half, for the operator."""
+        return self.folder / "node.pub"
+
+    @property
+    def superexec_secret(self) -> Path:
+        """What the bank's worker must know to be handed an order by the bank's node."""
+        return self.folder / "superexec.secret"
+
+    @property
+    def ca_certificate(self) -> Path | None:
+        """The operator's certificate authority, where a hub is named."""
+        return None if self.config.server is None else self.folder / self.config.server.ca
+
+    @property
+    def home(self) -> Path:
+        """FLWR_HOME of every Flower process."""
+        return self.folder / "home"
+
+    @property
+    def logs(self) -> Path:
+        """JSON logs, one file a process."""
+        return self.folder / "logs"
+
+    @property
+    def daemon_lock(self) -> Path:
+        """Locked (flock) by the daemon for as long as it runs."""
+        return self.folder / "daemon.lock"
 
     @property
     def source(self) -> str:
@@ -108,3 +181,63 @@ def load_institution(folder: Path) -> Institution:
 
     """
     return Institution(folder, load_toml(folder / CONFIG_FILE, InstitutionConfig))
+
+
+def institution_toml(config: InstitutionConfig) -> str:
+    """Write a configuration, but for `simulation`, with every key explained; it reads as the same configuration."""
+    policy, server = config.policy, config.server
+    clip = "# max_grad_norm = 1.0" if policy.max_grad_norm is None else f"max_grad_norm = {policy.max_grad_norm!r}"
+    address, ca, bundles = (
+        (_EXAMPLE_ADDRESS, CA_FILE, ()) if server is None else (server.address, server.ca, server.bundles)
+    )
+    hub = f"""
+# The consortium's hub. To change it, edit this and start `metarisk-client up` again.
+[server]
+address = {_toml_text(address)}   # host:port, reached over TLS
+ca = {_toml_text(ca)}   # the operator's certificate authority, relative to this folder
+# SHA-256 of app bundles that are accepted besides the installed version's own: for while versions change.
+bundles = [{", ".join(map(_toml_text, bundles))}]
+"""
+    if server is None:
+        hub = re.sub(r"^(?=[^#\n])", "# ", hub, flags=re.MULTILINE)
+    return f"""\
+# A bank's folder, as `metarisk-client init` made it. Every key is explained; unknown keys are refused.
+
+# The bank's name, as the other parties read it: it goes with every report.
+name = {_toml_text(config.name)}
+
+# The table: CSV (UTF-8, commas, a header) or Parquet. Absolute, or relative to this folder. It is only ever read here.
+data = {_toml_text(config.data)}
+
+# How many records (or customers, where the plan protects those) the bank SAYS that it has. This number is public: it
+# goes with every report and sets the bank's weight. Give a rounded one that anybody may know, never the exact count.
+declared_size = {config.declared_size}
+
+# What the ledger calls the data, by default the bank's name; and the ledger's file, relative to this folder. Folders
+# of several consortia over the same records must give the same source and the same ledger, so that all is counted.
+# A ledger keeps the source that it was made with.
+source = {_toml_text(config.source)}
+ledger = {_toml_text(config.ledger)}
+
+# What the risk officer has decided.
+[policy]
+# The most that may ever be spent of these records' privacy, over all plans, runs and consortia. To change it, edit it
+# here, and then say: metarisk-client budget FOLDER --epsilon NEW
+epsilon = {policy.epsilon!r}
+# The chance with which epsilon may not hold; at most 1 / (10 * declared_size). It stays as the ledger was made with it.
+delta = {policy.delta!r}
+# Limits that every plan is held to, before it is approved and at every order.
+min_noise_multiplier = {policy.min_noise_multiplier!r}   # the least noise of anything that leaves
+max_local_steps = {policy.max_local_steps}   # the most steps of learning in one round
+max_sample_rate = {policy.max_sample_rate!r}   # the largest share of records in one step
+{clip}   # the largest clip norm; left out: whatever the plan says, for the noise grows with it
+{hub}
+# Prometheus metrics of this bank's processes, on this machine only; 0: none.
+[metrics]
+port = {config.metrics.port}
+"""
+
+
+def _toml_text(text: str) -> str:
+    # JSON's escapes are TOML's, but for those of characters beyond 16 bits, which TOML wants as they are.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

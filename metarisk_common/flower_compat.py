@@ -1,5 +1,6 @@
-"""Every name that Flower does not publish, in one place, so that one file changes when Flower does.
+"""Names that Flower does not publish: here, and in `flower_deployment` for what only real servers need, nowhere else.
 
+So two files change when Flower does; importing the other one takes a second and a half more.
 `tests/common/test_flower_compat.py` is the contract: it fails where a newer Flower moves or alters one of them.
 """
 
@@ -30,6 +31,7 @@ __all__ = [
     "message_from_bytes",
     "message_to_bytes",
     "node_infos",
+    "node_keys",
     "node_names",
     "run_on_ray",
     "set_message_id",
@@ -116,3 +118,8 @@ def _own_home(home: Path) -> Iterator[None]:
 def node_names(grid: Grid) -> dict[int, str]:
     """Online nodes by id, with the name each registered under ("" where the engine keeps none)."""
     return {int(info.node_id): str(info.name) for info in grid.get_nodes()}
+
+
+def node_keys(grid: Grid) -> dict[int, bytes]:
+    """Online nodes by id, with the public key that each proved to hold (PEM)."""
+    return {int(info.node_id): bytes(info.public_key) for info in grid.get_nodes()}

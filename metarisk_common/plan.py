@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from .config import Frozen, validate
+from .config import Frozen, load_toml, validate
 from .errors import ConfigError
 from .privacy import PrivacyEvent
 from .schema import Schema, canonical_hash, canonical_json, left_out_where_unused
@@ -66,7 +66,7 @@ class Mechanism(Frozen):
 
 
 class OuterLoop(Frozen):
-    """What the server does with a round's meta-updates."""
+    """What the server does with a round's meta-updates. See `server.robust` for the aggregators."""
 
     rounds: int = Field(default=20, ge=1, le=100_000)
     optimizer: Literal["sgd", "momentum", "adam"] = "momentum"
@@ -76,9 +76,38 @@ class OuterLoop(Frozen):
     weighting: Literal["declared_size", "equal"] = "declared_size"
     max_declared_size: int = Field(default=1_000_000, ge=1)
     """Largest size that the server believes, so that no bank can outweigh the others by a claim."""
+    aggregator: Literal["mean", "median", "trimmed_mean", "norm_bounded_mean"] = "mean"
+    trim: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of a round's updates that a trimmed mean cuts at each end of every coordinate, rounded down: of fewer than
+    `1 / trim` updates nothing is cut."""
+    max_update_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """L2 norm with which an update counts at most in a norm-bounded mean; a larger one is scaled down to it."""
     min_reports: int = Field(default=1, ge=1)
     """Quorum: a round with fewer admitted reports leaves the meta-parameters as they are."""
     deadline_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        chosen = f'aggregator = "{self.aggregator}"'
+        if self.aggregator in {"median", "trimmed_mean"} and self.weighting != "equal":
+            raise ValueError(
+                f'{chosen} needs weighting = "equal": it withstands a number of lying banks because each counts once, '
+                "and by weight a bank could buy influence with the size that it declares"
+            )
+        if self.aggregator == "norm_bounded_mean" and self.max_update_norm is None:
+            raise ValueError(f"{chosen} needs max_update_norm, the largest L2 norm with which an update may count")
+        if self.aggregator != "norm_bounded_mean" and self.max_update_norm is not None:
+            raise ValueError(
+                f'max_update_norm does nothing under {chosen}: leave it out or set aggregator = "norm_bounded_mean"'
+            )
+        if self.aggregator != "trimmed_mean" and self.trim != OuterLoop.model_fields["trim"].default:
+            raise ValueError(f'trim does nothing under {chosen}: leave it out or set aggregator = "trimmed_mean"')
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        later = {name: OuterLoop.model_fields[name].default for name in ("aggregator", "trim", "max_update_norm")}
+        return left_out_where_unused(handler(self), later)
 
 
 class ScoreHistograms(Frozen):
@@ -171,12 +200,14 @@ class Plan(Frozen):
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan from its JSON file.
+    """Read a plan from its JSON file, as a run writes it, or from TOML, as a person does; one plan has one hash.
 
     Raises:
         ConfigError: the file is missing or is no plan of this protocol.
 
     """
+    if path.suffix == ".toml":
+        return load_toml(path, Plan)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

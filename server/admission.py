@@ -1,6 +1,8 @@
 """The server's judgement of one reply: what is wrong with it, as a constant, or nothing.
 
-A reply that is not admitted changes nothing but the journal. Checks run before the first number is added.
+A reply that is not admitted changes nothing but the journal. Checks run before the first number is added. What
+needs no report to be judged, or who was asked, is judged in `strategy`: "protocol", "flower-error-CODE", "node" (it
+was not asked), "duplicate" (it has answered), "name" (not the institution that the operator pinned to the node).
 """
 
 import math
@@ -9,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from metarisk_common.histograms import NEGATIVES, POSITIVES
-from metarisk_common.params import Params, l2_norm
+from metarisk_common.params import Params
 from metarisk_common.plan import Plan
 from metarisk_common.wire import EvaluateOrder, EvaluateReport, TrainOrder, TrainReport
 
-from .aggregators import fits
+from .aggregators import fits, update_norm
 
 _NOISE_DEVIATIONS = 6.0
 
@@ -70,7 +72,7 @@ def _judge_update(update: Params, like: Params, plan: Plan, size: int) -> str | 
     if not fits(update, size):
         return "norm"
     bound = norm_bound(plan, size, sum(int(np.size(value)) for value in like.values()))
-    return "norm" if l2_norm({name: value.astype(np.float64) for name, value in update.items()}) > bound else None
+    return "norm" if update_norm(update) > bound else None
 
 
 def _judge_histograms(found: Params, plan: Plan, size: int) -> str | None:
@@ -84,7 +86,7 @@ def _judge_histograms(found: Params, plan: Plan, size: int) -> str | None:
     most = plan.data.max_records_per_unit
     # As for an update: what the declared size can count, a little more, and the noise.
     bound = 2.0 * size * most + noise_multiplier * most * (math.sqrt(2 * bins) + _NOISE_DEVIATIONS)
-    return "norm" if l2_norm(found) > bound else None
+    return "norm" if update_norm(found) > bound else None
 
 
 def norm_bound(plan: Plan, declared_size: int, parameters: int) -> float:

@@ -1,7 +1,8 @@
-"""Folding a round's updates into one, as `init / add / result`: a reply is added and can be forgotten.
+"""The mean of a round's updates, as `init / add / result`: a reply is added and can be forgotten.
 
 Memory is two integers a parameter, however many banks there are. The sum is exact: it does not depend on the
 order in which replies arrive, so a round gives the same bits on one core, on many, and after a restart.
+`server.robust` has the other aggregators, and the choice among all that a plan makes.
 """
 
 from collections.abc import Mapping
@@ -10,13 +11,14 @@ from typing import Final
 
 import numpy as np
 
-from metarisk_common.params import Params
+from metarisk_common.params import Params, l2_norm
 
 _BITS: Final = 62
 LARGEST: Final = float(2**42)
 """Terms, weight included, must be below it in magnitude."""
 MOST: Final = 2**20
 """Updates that one sum can hold: that many terms below `LARGEST` stay within 64 bits."""
+UNFIT: Final = "the update is not finite or too large to add"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ def fits(update: Mapping[str, np.ndarray], weight: int) -> bool:
     return all(bool(np.all(np.abs(value) < LARGEST / weight)) for value in update.values())
 
 
+def update_norm(update: Mapping[str, np.ndarray]) -> float:
+    """L2 norm of all values together, in double precision; the order of names and the memory's layout change no bit."""
+    return l2_norm({name: np.asarray(update[name], np.float64, order="C") for name in sorted(update)})
+
+
 def add(state: MeanState, update: Mapping[str, np.ndarray], weight: int) -> MeanState:
     """Add `weight * update`; each term is rounded once, to a multiple of 2^-62, and then summed as integers.
 
@@ -56,7 +63,7 @@ def add(state: MeanState, update: Mapping[str, np.ndarray], weight: int) -> Mean
     if state.count >= MOST:
         raise ValueError(f"a sum holds at most {MOST} updates")
     if not fits({name: update[name] for name in state.whole}, weight):
-        raise ValueError("the update is not finite or too large to add")
+        raise ValueError(UNFIT)
     wholes, parts = {}, {}
     for name, whole_before in state.whole.items():
         term = np.asarray(update[name], np.float64) * weight

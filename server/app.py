@@ -9,13 +9,18 @@ from flwr.serverapp import Grid, ServerApp
 
 from metarisk_common.errors import ConfigError
 from metarisk_common.features import Encoder
+from metarisk_common.flower_compat import node_keys
 from metarisk_common.initialisation import initial_params
 from metarisk_common.plan import read_plan
 
+from .config import ServerFolder
+from .enrolment import banks
+from .memory import ledgers_heard
 from .rounds import resume_or_start, run_rounds
-from .state import initial_state
+from .state import initial_state, remember_ledgers
 
 RUN_FOLDER_KEY = "metarisk-run-folder"
+SERVER_FOLDER_KEY = "metarisk-server-folder"
 
 app = ServerApp()
 
@@ -24,8 +29,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play a run: `metarisk-run-folder` in the run's configuration names the folder with `plan.json`.
 
+    Where `metarisk-server-folder` names an operator's folder, only banks on its allow-list take part, each under the
+    name that its key was enrolled with, and what other runs have heard of the banks' ledgers is echoed. A simulation
+    has none, and asks every node.
+
     Raises:
-        ConfigError: the configuration names no folder of a run, or no bank is online.
+        ConfigError: the configuration names no folder of a run, or too few banks are online.
         IntegrityError: what the folder holds is damaged or belongs to another run.
 
     """
@@ -34,7 +43,19 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.run_config[RUN_FOLDER_KEY]))
     plan = read_plan(folder / "plan.json")
     start = initial_state(read_run_id(folder), plan, initial_params(plan, Encoder(plan.data).width))
-    run_rounds(resume_or_start(folder, start), plan, grid, folder)
+    if SERVER_FOLDER_KEY not in context.run_config:
+        run_rounds(resume_or_start(folder, start), plan, grid, folder)
+        return
+    server = ServerFolder(Path(str(context.run_config[SERVER_FOLDER_KEY])))
+    state = resume_or_start(folder, start)
+    state = remember_ledgers(state, ledgers_heard(server.runs, state.ledgers))
+    run_rounds(state, plan, grid, folder, lambda: enrolled_online(grid, server))
+
+
+def enrolled_online(grid: Grid, server: ServerFolder) -> dict[int, str]:
+    """Online nodes whose key is on the operator's allow-list, under the name that stands there."""
+    names = {bank.public_key: name for name, bank in banks(server).items()}
+    return {node: names[key.hex()] for node, key in node_keys(grid).items() if key.hex() in names}
 
 
 def is_not_private(folder: Path) -> bool:

@@ -5,7 +5,7 @@ every reply at once; this loop does the first two and not the third.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,13 @@ from .strategy import aggregate_evaluate, aggregate_train, configure_evaluate, c
 
 JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoint"
-_POLL_SECONDS = 0.02
+_SHORTEST_POLL_SECONDS = 0.02
+_LONGEST_POLL_SECONDS = 0.25
+_SHARE_OF_WAIT = 0.1
+_GATHER_SECONDS = 0.5
+
+Members = Callable[[], Mapping[int, str]]
+"""Tells which nodes may take part and are online, by id, with the institution that each is."""
 
 
 def resume_or_start(folder: Path, start: ServerState) -> ServerState:
@@ -44,27 +50,54 @@ def resume_or_start(folder: Path, start: ServerState) -> ServerState:
     return state
 
 
-def run_rounds(state: ServerState, plan: Plan, grid: Grid, folder: Path) -> ServerState:
+def run_rounds(state: ServerState, plan: Plan, grid: Grid, folder: Path, members: Members | None = None) -> ServerState:
     """Play the rounds after `state` until the plan's last one, each on the disk before the next begins.
 
     Killed at any instant and started again from `resume_or_start`, it plays the interrupted round anew with
     the same order; a bank that has already released for that order answers with the very same report.
 
+    Args:
+        state: where the run stands.
+        plan: the run's plan.
+        grid: reaches the nodes.
+        folder: the run's folder.
+        members: who may take part; without it every node of the grid, all of which are there from the beginning.
+
     Raises:
-        ConfigError: no node is online when a round begins.
+        ConfigError: too few nodes for the plan's quorum are online when a round begins, and come while it waits.
 
     """
     while state.round < plan.outer.rounds:
-        state = play_round(state, plan, grid, folder)
+        state = play_round(state, plan, grid, folder, members)
     return state
 
 
-def play_round(state: ServerState, plan: Plan, grid: Grid, folder: Path) -> ServerState:
+def gather(members: Members, plan: Plan) -> Mapping[int, str]:
+    """Wait until enough banks for the plan's quorum are online, at most as long as a round may last.
+
+    Raises:
+        ConfigError: too few came.
+
+    """
+    end = time.monotonic() + plan.outer.deadline_seconds
+    while True:
+        cohort = members()
+        if len(cohort) >= plan.outer.min_reports:
+            return cohort
+        if time.monotonic() >= end:
+            raise ConfigError(
+                f"{len(cohort)} banks are online, and the plan's quorum is {plan.outer.min_reports}; "
+                "go on with --resume when more are"
+            )
+        time.sleep(_GATHER_SECONDS)
+
+
+def play_round(state: ServerState, plan: Plan, grid: Grid, folder: Path, members: Members | None = None) -> ServerState:
     """Play one round and write it down: the checkpoint first, with the record, then the journal."""
-    started = time.monotonic()
-    cohort = node_names(grid)
+    cohort = node_names(grid) if members is None else gather(members, plan)
     if not cohort:
         raise ConfigError("no bank is online: start at least one before the run")
+    started = time.monotonic()
     order = configure_train(state, plan)
     replies = stream_replies(grid, order, cohort, plan.outer.deadline_seconds, state.ledgers)
     after, record = aggregate_train(state, plan, order, cohort, replies)
@@ -104,6 +137,7 @@ def stream_replies(
         content = encode_order(replace(order, ledger_counter=counter, ledger_receipt=receipt))
         message = Message(content, node_id, kind, ttl=deadline_seconds, group_id=str(order.round))
         waiting.update(dict.fromkeys(filter(None, grid.push_messages([message])), node_id))
+    heard = time.monotonic()
     while waiting:
         before = len(waiting)
         for message_id, node_id in tuple(waiting.items()):
@@ -111,7 +145,11 @@ def stream_replies(
             for reply in grid.pull_messages([message_id]):
                 if waiting.pop(message_id, None) is not None:
                     yield node_id, reply
-        if time.monotonic() >= end:
+        now = time.monotonic()
+        if now >= end:
             return
-        if len(waiting) == before:
-            time.sleep(_POLL_SECONDS)
+        if len(waiting) < before:
+            heard = now
+        else:
+            # Each look is a request a bank: at a tenth of the time waited, looking neither delays nor crowds the hub.
+            time.sleep(min(_LONGEST_POLL_SECONDS, max(_SHORTEST_POLL_SECONDS, _SHARE_OF_WAIT * (now - heard))))

@@ -11,12 +11,13 @@ from flwr.app import Message
 from metarisk_common.errors import ProtocolError
 from metarisk_common.histograms import NEGATIVES, POSITIVES, summarise
 from metarisk_common.params import Params, add, l2_norm
-from metarisk_common.plan import Plan
+from metarisk_common.plan import OuterLoop, Plan
 from metarisk_common.wire import EvaluateOrder, Refusal, TrainOrder, TrainReport, decode_reply
 
-from . import aggregators
 from .admission import judge
+from .aggregators import update_norm
 from .optimizers import optimizer_for, rate_at
+from .robust import aggregator_for, cut_of
 from .state import ServerState, remember_ledgers, remember_sizes
 
 
@@ -51,14 +52,15 @@ class Tally:
 def aggregate_train(
     state: ServerState, plan: Plan, order: TrainOrder, cohort: Mapping[int, str], replies: Iterable[tuple[int, Message]]
 ) -> tuple[ServerState, dict[str, Any]]:
-    """Fold a stream of replies into the next state, one at a time; memory stays that of one update.
+    """Fold a stream of replies into the next state, one at a time; memory is that of the plan's aggregator.
 
     Args:
         state: before the round.
         plan: the run's plan.
         order: what `configure_train` built.
         cohort: names of the nodes that were asked, by node id; "" where the engine keeps no names.
-        replies: the node that was asked, and its reply, as they arrive; each is dropped once it has been added.
+        replies: the node that was asked, and its reply, as they arrive; each is dropped once it has been added, but
+            by an aggregator that buffers.
 
     Returns:
         The next state and the journal's record of the round. Below the plan's quorum the meta-parameters and
@@ -66,20 +68,23 @@ def aggregate_train(
 
     """
     tally = Tally()
-    mean = aggregators.init(order.meta_params)
-    norms = []
+    outer = plan.outer
+    aggregator = aggregator_for(outer)
+    folded = aggregator.init(order.meta_params)
+    norms: dict[str, float] = {}
     for report in _admitted(tally, replies, state, plan, order, cohort):
-        mean = aggregators.add(
-            mean, report.update, report.declared_size if plan.outer.weighting == "declared_size" else 1
+        folded = aggregator.add(
+            folded, report.update, report.declared_size if outer.weighting == "declared_size" else 1
         )
-        norms.append(l2_norm(report.update))
-    rate = rate_at(plan.outer, order.round)
-    quorum = mean.count >= plan.outer.min_reports
-    update: Params = aggregators.result(mean) if quorum else {}
+        norms[report.institution] = update_norm(report.update)
+    norms = dict(sorted(norms.items()))
+    rate = rate_at(outer, order.round)
+    quorum = folded.count >= outer.min_reports
+    update: Params = aggregator.result(folded) if quorum else {}
     after = remember_sizes(replace(state, round=order.round), tally.sizes)
     after = remember_ledgers(after, tally.ledgers)
     if quorum:
-        optimizer_state, meta = optimizer_for(plan.outer).apply(state.optimizer_state, state.meta_params, update, rate)
+        optimizer_state, meta = optimizer_for(outer).apply(state.optimizer_state, state.meta_params, update, rate)
         after = replace(after, meta_params=meta, optimizer_state=optimizer_state)
     record = {
         "round": order.round,
@@ -89,12 +94,26 @@ def aggregate_train(
         "rejected": dict(sorted(tally.rejected.items())),
         "absent": tally.absent(cohort),
         "quorum": quorum,
-        "mean_update_norm": float(np.mean(norms)) if norms else None,
+        "mean_update_norm": float(np.mean(list(norms.values()))) if norms else None,
+        "update_norms": norms,
         "aggregate_norm": l2_norm(update) if quorum else None,
         "server_learning_rate": rate,
         "order_digest": order.digest(),
+        **_aggregation(outer, norms),
     }
     return after, record
+
+
+def _aggregation(outer: OuterLoop, norms: Mapping[str, float]) -> dict[str, Any]:
+    """What the journal says of an aggregator other than the mean, and of whom it held back."""
+    if outer.aggregator == "mean":
+        return {}
+    said: dict[str, Any] = {"aggregator": outer.aggregator}
+    if outer.max_update_norm is not None:
+        said["bounded"] = [name for name, norm in norms.items() if norm > outer.max_update_norm]
+    if outer.aggregator == "trimmed_mean":
+        said["cut_at_each_end"] = cut_of(outer.trim, len(norms))
+    return said
 
 
 def aggregate_evaluate(
@@ -151,6 +170,13 @@ def _admitted(
 ) -> Iterator[TrainReport]:
     """Yield the reports that are admitted, one at a time, and note in the tally what became of every reply."""
     for node, message in replies:
+        if node not in cohort:
+            tally.rejected[str(node)] = "node"
+            continue
+        if node in tally.answered:
+            # The first answer counts, whatever became of it.
+            tally.rejected.setdefault(cohort[node] or str(node), "duplicate")
+            continue
         report = _judged(tally, node, message, state, plan, order, cohort)
         if report is not None:
             tally.receipts[report.institution] = report.receipt

@@ -13,8 +13,8 @@ from metarisk_common.initialisation import initial_params
 from metarisk_common.params import Params
 from metarisk_common.plan import Plan
 from metarisk_common.tasks import Task
-from server import aggregators
 from server.optimizers import optimizer_for, rate_at
+from server.robust import aggregator_for
 
 
 def train(
@@ -41,20 +41,20 @@ def train(
 
     """
     meta = {name: np.asarray(value, np.float64) for name, value in initial_params(plan, width).items()}
-    optimizer = optimizer_for(plan.outer)
+    optimizer, aggregator = optimizer_for(plan.outer), aggregator_for(plan.outer)
     state = optimizer.init(meta)
     plan_hash = plan.hash()
     for round_number in range(1, plan.outer.rounds + 1):
         order = {name: np.asarray(value, plan.dtype) for name, value in meta.items()}
-        total = aggregators.init(order)
+        total = aggregator.init(order)
         for name, tasks in banks.items():
             if seed is None:
                 rng = SecureRandom.from_system()
             else:
                 rng = SecureRandom.seeded(seed, name, plan_hash, round_number)
             update = meta_update(order, plan, tasks, declared_size=sizes[name], width=width, rng=rng)
-            total = aggregators.add(total, update, sizes[name] if plan.outer.weighting == "declared_size" else 1)
-        state, meta = optimizer.apply(state, meta, aggregators.result(total), rate_at(plan.outer, round_number))
+            total = aggregator.add(total, update, sizes[name] if plan.outer.weighting == "declared_size" else 1)
+        state, meta = optimizer.apply(state, meta, aggregator.result(total), rate_at(plan.outer, round_number))
         if on_round is not None:
             on_round(round_number)
     return meta

@@ -38,6 +38,7 @@ FULL: dict[str, Any] = {
     "outer": {
         "rounds": 7, "optimizer": "adam", "learning_rate": 0.5, "momentum": 0.5, "schedule": "linear",
         "weighting": "equal", "max_declared_size": 5000, "min_reports": 2, "deadline_seconds": 60.0,
+        "aggregator": "norm_bounded_mean", "max_update_norm": 2.0,
     },
     "metrics": {"bins": 10, "noise_multiplier": 2.0, "every": 2},
     "dtype": "float64",
@@ -51,6 +52,7 @@ SMALL: dict[str, Any] = {
     },
     "mechanism": {"noise_multiplier": 1.0},
 }
+TRIMMED = {"weighting": "equal", "aggregator": "trimmed_mean", "trim": 0.25}
 CHOICES = (
     "scorecard", "mlp", "reptile", "fedavg", "institution", "segment", "sgd", "momentum", "adam", "constant", "linear",
     "cosine", "declared_size", "equal", "float32", "float64", "log", "log1p", "indicator", "refuse", "numeric",
@@ -99,7 +101,10 @@ def other_plans(place: Place, value: Any) -> list[Plan]:
 
 ALL = Plan.model_validate(FULL)
 # Fields that have one legal value, or on which the presence of others depends; they are tested one by one below.
-TIED = {("protocol",), ("model", "kind"), ("data", "columns", 0, "kind"), ("data", "columns", 1, "kind")}
+TIED = {
+    ("protocol",), ("model", "kind"), ("data", "columns", 0, "kind"), ("data", "columns", 1, "kind"),
+    ("outer", "aggregator"),
+}  # fmt: skip
 FREE = {place: value for place, value in leaves(ALL.model_dump(mode="json")) if place not in TIED}
 
 
@@ -116,10 +121,50 @@ def test_no_field_was_forgotten() -> None:
         Plan, Schema, ModelSpec, InnerLoop, Mechanism, OuterLoop, ScoreHistograms, Label, Encoding, NumericColumn,
         CategoricalColumn,
     ]  # fmt: skip
-    hashed = {str(part) for place, _ in leaves(json.loads(ALL.to_json())) for part in place}
+    texts = (ALL.to_json(), of_outer(TRIMMED).to_json())  # No one aggregator has use for every field.
+    hashed = {str(part) for text in texts for place, _ in leaves(json.loads(text)) for part in place}
     assert {name for model in models for name in model.model_fields} <= hashed
     given = {place for place, _ in leaves(FULL)} | {("protocol",)}
     assert {place for place, _ in leaves(json.loads(ALL.to_json()))} == given
+
+
+def of_outer(outer: dict[str, Any]) -> Plan:
+    return Plan.model_validate({**SMALL, "outer": outer})
+
+
+def test_the_hash_changes_with_the_aggregator_and_what_it_is_told() -> None:
+    outers: list[dict[str, Any]] = [
+        {"weighting": "equal"},
+        {"weighting": "equal", "aggregator": "median"},
+        *({**TRIMMED, "trim": trim} for trim in (0, 0.1, 0.25, 0.49)),
+        *({"aggregator": "norm_bounded_mean", "max_update_norm": norm} for norm in (0.5, 1.0)),
+        {"aggregator": "norm_bounded_mean", "max_update_norm": 1.0, "weighting": "equal"},
+    ]
+    assert len({of_outer(outer).hash() for outer in outers}) == len(outers)
+
+
+@pytest.mark.parametrize("later", [{"aggregator": "mean"}, {"trim": 0.1}, {"max_update_norm": None}])
+def test_the_aggregator_of_every_older_plan_may_be_written_out(later: dict[str, Any]) -> None:
+    """Banks have approved plans that did not know of it: their text, and so their hash, must not change."""
+    assert of_outer(later).to_json() == Plan.model_validate(SMALL).to_json()
+    assert not later.keys() & json.loads(of_outer(later).to_json())["outer"].keys()
+
+
+@pytest.mark.parametrize(
+    ("outer", "said"),
+    [
+        ({"aggregator": "median"}, 'aggregator = "median" needs weighting = "equal": .*buy influence'),
+        ({"aggregator": "trimmed_mean", "weighting": "declared_size"}, 'needs weighting = "equal"'),
+        ({"aggregator": "norm_bounded_mean"}, "needs max_update_norm"),
+        ({"max_update_norm": 1.0}, 'max_update_norm does nothing under aggregator = "mean": leave it out'),
+        ({**TRIMMED, "max_update_norm": 1.0}, 'max_update_norm does nothing under aggregator = "trimmed_mean"'),
+        ({"trim": 0.2}, 'trim does nothing under aggregator = "mean": leave it out'),
+        ({**TRIMMED, "aggregator": "median"}, 'trim does nothing under aggregator = "median"'),
+    ],
+)
+def test_what_does_not_go_with_an_aggregator_is_refused(outer: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        of_outer(outer)
 
 
 def test_the_hash_changes_with_what_is_tied() -> None:
@@ -155,9 +200,12 @@ def test_a_default_that_is_written_out_is_the_same_plan() -> None:
 def test_a_hash_is_as_ever() -> None:
     """A known answer: a change here unmakes every approval that a bank has given."""
     assert Plan.model_validate(SMALL).hash() == "4e5a93381fdeab4bf38106e2c0e578723e6d128f01745f68e2ed0a4972c4b218"
-    without = {"metrics", "privacy_unit", "max_records_per_unit"}  # They came later, and changed no older plan.
-    data = {name: value for name, value in FULL["data"].items() if name not in without}
-    old = Plan.model_validate({name: value for name, value in FULL.items() if name not in without} | {"data": data})
+    # They came later, and changed no older plan.
+    without = {"metrics", "privacy_unit", "max_records_per_unit", "aggregator", "max_update_norm"}
+    parts = {
+        part: {name: value for name, value in FULL[part].items() if name not in without} for part in ("data", "outer")
+    }
+    old = Plan.model_validate({name: value for name, value in FULL.items() if name not in without} | parts)
     assert old.hash() == "b94dd041f95115874e0aea7bccacc1be5715cb8bc39d4a763a5694525309803d"
 
 
@@ -208,6 +256,13 @@ def test_tasks_and_steps() -> None:
         (("outer", "deadline_seconds"), float("inf"), "deadline_seconds"),
         (("outer", "min_reports"), 0, "min_reports"),
         (("outer", "max_declared_size"), 0, "max_declared_size"),
+        (("outer", "aggregator"), "krum", "aggregator"),
+        (("outer", "trim"), 0.5, "trim"),
+        (("outer", "trim"), -0.1, "trim"),
+        (("outer", "trim"), float("nan"), "trim"),
+        (("outer", "max_update_norm"), 0, "max_update_norm"),
+        (("outer", "max_update_norm"), float("inf"), "max_update_norm"),
+        (("outer", "max_update_norm"), float("nan"), "max_update_norm"),
         (("dtype",), "float16", "dtype"),
         (("name",), "", "name"),
         (("data", "segments"), ["trade", "trade"], "a segment stands twice"),

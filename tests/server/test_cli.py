@@ -56,7 +56,7 @@ def test_what_is_not_there_or_damaged_is_named(call: Call, finished_run: Path, t
     shutil.copytree(finished_run, unfinished)
     shutil.rmtree(unfinished / "checkpoint")
     for arguments, expected, message in (
-        (["status", tmp_path], 2, "plan.json: there is no such file"),
+        (["status", tmp_path], 2, "is not a run's folder"),
         (["status", copy], 5, "checkpoint"),
         (["export", unfinished, "--out", tmp_path / "x"], 2, "has not finished"),
         (["export", finished_run, "--out", tmp_path / "no" / "x"], 2, "no: there is no such folder"),

@@ -15,6 +15,7 @@ from client.training import tasks_for
 from metarisk_common.features import Encoder
 from metarisk_common.initialisation import initial_params
 from metarisk_common.params import Params
+from metarisk_common.plan import Plan
 from server.checkpoint import load_checkpoint
 from simulations import experiment, runfolder, vector
 from simulations.runfolder import RunFolder
@@ -33,6 +34,26 @@ def test_the_vector_engine_is_the_federation_to_the_last_bit(
     federation = experiment.train(run, workers=0)
     same(federation, played_by_vector(run))
     assert moved(run, federation)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        'aggregator = "median"\nweighting = "equal"',
+        'aggregator = "trimmed_mean"\ntrim = 0.4\nweighting = "equal"',
+        'aggregator = "norm_bounded_mean"\nmax_update_norm = 0.01',
+    ],
+)
+def test_every_engine_has_the_plans_aggregator(make_scenario: MakeScenario, tmp_path: Path, chosen: str) -> None:
+    path = make_scenario(tmp_path, replace={"rounds = 12": f"rounds = 2\n{chosen}"})
+    # Without noise, which comes from a seed and the plan's hash, only the aggregator tells the two plans apart.
+    run = prepared(path, tmp_path / "run", epsilon=math.inf)
+    federation = experiment.train(run, workers=0)
+    close_banks()
+    same(federation, played_by_vector(run))
+    other = {"aggregator": "mean", "trim": 0.1, "max_update_norm": None}
+    mean = played_by_vector(run, run.plan.model_copy(update={"outer": run.plan.outer.model_copy(update=other)}))
+    assert max(np.abs(value - mean[name]).max() for name, value in federation.items()) > 1e-3
 
 
 def test_with_one_step_a_round_is_one_step_of_joint_training(make_scenario: MakeScenario, tmp_path: Path) -> None:
@@ -81,12 +102,12 @@ def prepared(scenario: Path, out: Path, *, epsilon: float | None = None, engine:
     return runfolder.prepare(out, load_scenario(scenario), frame, where="loans.csv", epsilon=epsilon, engine=engine)
 
 
-def played_by_vector(run: RunFolder) -> Params:
+def played_by_vector(run: RunFolder, plan: Plan | None = None) -> Params:
     banks = {
         name: tasks_for(run.plan, load_dataset(folder / "data.parquet", run.plan.data, name))
         for name, folder in run.bank_folders.items()
     }
-    return vector.train(run.plan, banks, run.sizes, width=Encoder(run.plan.data).width, seed=run.info["seed"])
+    return vector.train(plan or run.plan, banks, run.sizes, width=Encoder(run.plan.data).width, seed=run.info["seed"])
 
 
 def same(one: Params, other: Params) -> None:

@@ -61,6 +61,22 @@ def test_joint_training_takes_as_many_steps_at_the_same_epsilon() -> None:
     assert spent(joint) == spent(own.plan()) <= 2.0
 
 
+@pytest.mark.parametrize(
+    "server",
+    [
+        {"aggregator": "median", "weighting": "equal"},
+        {"aggregator": "trimmed_mean", "weighting": "equal", "trim": 0.2},
+        {"aggregator": "norm_bounded_mean", "max_update_norm": 2.5},
+    ],
+)
+def test_a_scenario_chooses_the_aggregator(server: dict[str, object]) -> None:
+    own = scenario(server={"rounds": 2, **server})
+    assert server.items() <= own.plan().outer.model_dump().items()
+    assert own.joint().plan().outer.aggregator == server["aggregator"]
+    assert Scenario.model_validate_json(own.model_dump_json(by_alias=True)) == own
+    assert own.plan().hash() != scenario(server={"rounds": 2}).plan().hash()
+
+
 @given(st.permutations(NAMES), st.integers(1, 11))
 def test_names_alone_decide_who_takes_part(order: list[str], unseen: int) -> None:
     found = split(scenario(splits={"unseen": unseen}), order)
@@ -110,6 +126,7 @@ def test_a_split_with_nobody_on_one_side_is_refused(unseen: object, names: tuple
         ({"training": {"task": "segment"}}, "schema.segment"),
         ({"name": "Two Words"}, "name"),
         ({"splits": {"unseen": 0}}, "splits.unseen"),
+        ({"server": {"aggregator": "median"}}, "key 'server': .* needs weighting = \"equal\""),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_its_key(values: dict[str, object], message: str) -> None:

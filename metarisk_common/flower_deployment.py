@@ -1,0 +1,224 @@
+"""Flower's deployment engine, as far as Flower does not publish it: SuperLink, SuperNode, tasks and control.
+
+Like `flower_compat`, which is imported first: it sets what every Flower process must be told.
+"""
+
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Self
+
+from flwr.app import Message, RecordDict
+from flwr.common.constant import SubStatus
+from flwr.common.serde import context_from_proto, context_to_proto, fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from .flower_compat import identify_process
+
+if TYPE_CHECKING:
+    from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+
+__all__ = ["ClientTask", "Control", "RunStatus", "ServerTask", "TaskSource", "run_superlink", "run_supernode"]
+
+
+def run_superlink(arguments: Sequence[str]) -> None:
+    """Run Flower's SuperLink with command line arguments; it blocks until a signal ends it."""
+    from flwr.superlink.cli import flower_superlink  # noqa: PLC0415 - SQLAlchemy and FastAPI, for this process alone
+
+    sys.argv = ["flower-superlink", *arguments]
+    flower_superlink()
+
+
+def run_supernode(arguments: Sequence[str], sleep: Callable[[float], None]) -> None:
+    """Run Flower's SuperNode; it asks `sleep(3)` where it had nothing to do, `sleep(0.5)` where a reply is awaited.
+
+    Flower has these waits as constants, which alone would make a round take many seconds.
+    """
+    import flwr.supernode.start_client_internal as loop  # noqa: PLC0415 - for this process alone
+    from flwr.supernode.cli import flower_supernode  # noqa: PLC0415
+
+    vars(loop)["time"] = types.SimpleNamespace(sleep=sleep)
+    sys.argv = ["flower-supernode", *arguments]
+    flower_supernode()
+
+
+class TaskSource:
+    """Where a worker process asks for work: the Runtime API of a SuperLink or SuperNode on this machine.
+
+    Flower's own SuperExec would start the code that came in a bundle; whoever asks here runs what is installed.
+    Calls raise `httpx.HTTPError` where nobody answers.
+    """
+
+    def __init__(self, address: str, *, kind: str, secret: bytes, ca: bytes | None = None) -> None:
+        """Connect lazily. `kind`: "client" or "server"; `ca`: PEM of who vouches for the address, none without TLS."""
+        self._address, self._ca = address, ca
+        self._kind = {"client": TaskType.CLIENT_APP, "server": TaskType.SERVER_APP}[kind].value
+        methods = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+        self._client = RuntimeHttpClient.from_server_address(
+            address,
+            ca is None,
+            ca,
+            [
+                RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+                SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=methods),
+            ],
+        )
+
+    def acquire(self) -> str | None:
+        """Ask for a task; its token, or none if there is nothing to do."""
+        found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._kind]))
+        return str(found.token) if found.HasField("task") and found.token else None
+
+    def client_task(self, token: str) -> "ClientTask":
+        """Open the client task of a token."""
+        return ClientTask(self._address, token, self._ca)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+
+class ClientTask:
+    """One message for the bank: it is fetched with the app bundle that the server started, and answered once."""
+
+    def __init__(self, address: str, token: str, ca: bytes | None) -> None:
+        """Connect; `with` starts the signs of life and fetches the input."""
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(token),
+        ]
+        self._client = RuntimeHttpClient.from_server_address(address, ca is None, ca, interceptors)
+        self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self._client))
+
+    def __enter__(self) -> Self:
+        """Fetch the message, its context and the bundle's bytes."""
+        self._heartbeat.start()
+        self.message, self.context, _, fab = pull_task_input(self._client)
+        self.bundle = bytes(fab.content)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the signs of life."""
+        if self._heartbeat.is_running:
+            self._heartbeat.stop()
+        self._client.close()
+
+    def answer(self, reply: Message) -> None:
+        """Hand the reply to the SuperNode and end the task."""
+        push_message(self._client, reply, self.context)
+        push_task_output(self._client, self.context, SubStatus.COMPLETED, "")
+
+
+class ServerTask:
+    """A run, handed to this process: its configuration, and the grid that reaches the banks."""
+
+    def __init__(self, address: str, token: str, ca: bytes) -> None:
+        """Connect lazily; `with` starts the signs of life and fetches the run's configuration."""
+        self.grid = HttpGrid(address, insecure=False, root_certificates=ca, token=token)
+        self._client = self.grid._runtime_client  # noqa: SLF001 - Flower's own process does so
+        self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self._client))
+
+    def __enter__(self) -> Self:
+        """Fetch what Flower says of the run."""
+        self._heartbeat.start()
+        found = self._client.PullTaskInput(PullTaskInputRequest())
+        identify_process(found.run.run_id, found.context.node_id)
+        TaskIdentity.task_id = found.task_id
+        run = run_from_proto(found.run)
+        self.grid.set_run(run)
+        self.context = context_from_proto(found.context)
+        self.context.run_config = dict(run.override_config)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the signs of life."""
+        if self._heartbeat.is_running:
+            self._heartbeat.stop()
+        self.grid.close()
+
+    def finish(self, failure: str | None) -> None:
+        """Say how the run ended: none for well, else the reason, which `RunStatus.details` shows."""
+        status = SubStatus.COMPLETED if failure is None else SubStatus.FAILED
+        self.context.state = RecordDict()
+        output = PushTaskOutputRequest(context=context_to_proto(self.context), sub_status=status, details=failure or "")
+        self._client.PushTaskOutput(output)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """`status`: pending, starting, running or finished; `sub_status`: completed, failed or stopped once finished."""
+
+    status: str
+    sub_status: str
+    details: str
+
+
+class Control:
+    """The SuperLink's Control API, on loopback. Calls raise `httpx.HTTPError` where nobody answers."""
+
+    def __init__(self, address: str, ca: bytes) -> None:
+        """Connect lazily; `ca`: PEM of who vouches for the address."""
+        interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
+        self._client = ControlHttpClient.from_server_address(
+            address, insecure=False, root_certificates=ca, interceptors=interceptors
+        )
+
+    def __enter__(self) -> Self:
+        """Return this; leaving the block closes the connection."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def nodes(self) -> list[NodeInfo]:
+        """Every node that is or was registered; `status`: registered, online, offline or unregistered."""
+        return list(self._client.ListNodes(ListNodesRequest()).nodes_info)
+
+    def register(self, public_key: bytes, name: str) -> int:
+        """Let the holder of a key (PEM) in; returns the id of its node."""
+        return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
+
+    def unregister(self, node_id: int) -> None:
+        """Keep a node out from now on."""
+        self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+    def start_run(self, bundle: bytes, config: Mapping[str, str]) -> int:
+        """Start a run of an app bundle; returns its id."""
+        fab = Fab(sha256(bundle).hexdigest(), bundle, {})
+        request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(config)))
+        return int(self._client.StartRun(request).run_id)
+
+    def run_status(self, run_id: int) -> RunStatus | None:
+        """How a run stands, or none if Flower knows of no such run."""
+        for found in self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict.values():
+            return RunStatus(found.status.status, found.status.sub_status, found.status.details)
+        return None
+
+    def stop_run(self, run_id: int) -> None:
+        """Stop a run."""
+        self._client.StopRun(StopRunRequest(run_id=run_id))

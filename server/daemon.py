@@ -1,0 +1,112 @@
+"""The operator's daemon: keeps the hub alive and gives every run a process.
+
+It plays the part of Flower's SuperExec, except that it starts the installed server and not the code in a bundle. A
+hub that crashes is started again on the same state, and runs go on meanwhile.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+
+from metarisk_common.flower_deployment import TaskSource
+from metarisk_common.supervise import Child, end_process, only_instance, stop_on_signals
+
+from . import federation
+from .certificates import days_left
+from .config import Server, load_server
+from .metrics import serve_metrics
+
+log = logging.getLogger("metarisk.server.daemon")
+
+LOCK_FILE = "daemon.lock"
+_POLL_SECONDS = 0.2
+_RUN_END_SECONDS = 15.0
+_HUB_END_SECONDS = 10.0
+_WARN_DAYS = 30
+
+
+def up(path: Path) -> None:
+    """Serve an operator's folder until SIGTERM or Ctrl-C.
+
+    Raises:
+        ConfigError: `server.toml` is wrong, or a port is taken.
+        MetariskError: another daemon serves the folder.
+
+    """
+    server = load_server(path)
+    refusal = f"{path}: another daemon serves this consortium already; stop it first"
+    with stop_on_signals() as stop, ExitStack() as stack:
+        stack.enter_context(only_instance(server.folder.path / LOCK_FILE, refusal))
+        days = days_left(server.folder)
+        if days < _WARN_DAYS:
+            log.warning(
+                "the hub's certificate ends in %d days; renew it with: metarisk-server certificate --renew", days
+            )
+        if server.config.metrics.port:
+            online = federation.CachedOnline(server, time.monotonic)
+            stack.enter_context(serve_metrics(server, online, server.config.metrics.port))
+        hub = Child(
+            "hub", [sys.executable, "-m", "server.hub", str(server.folder.path)], environment(server), time.monotonic
+        )
+        source = TaskSource(
+            server.inside_address,
+            kind="server",
+            secret=server.folder.superexec_secret.read_bytes(),
+            ca=server.folder.ca_certificate.read_bytes(),
+        )
+        runs: list[subprocess.Popen[bytes]] = []
+        agreed = False
+        log.info("the server is up", extra={"consortium": server.config.name, "pid": os.getpid()})
+        try:
+            while not stop.is_set():
+                hub.tend()
+                runs = [run for run in runs if run.poll() is None]
+                try:
+                    if not agreed:
+                        federation.agree(server)
+                        agreed = True
+                        log.info("the hub answers", extra={"outside_port": server.config.outside.port})
+                    token = source.acquire()
+                except httpx.HTTPError:
+                    token, agreed = None, False
+                if token is not None:
+                    runs.append(start_run(server, token))
+                stop.wait(_POLL_SECONDS)
+        finally:
+            log.info("stopping: what is finished of a run is kept")
+            for run in runs:
+                run.terminate()
+            for run in runs:
+                end_process(run, _RUN_END_SECONDS)
+            hub.end(_HUB_END_SECONDS)
+        log.info("the server is down")
+
+
+def start_run(server: Server, token: str) -> subprocess.Popen[bytes]:
+    """Start the process of a run. The token goes through a pipe: command lines are for everyone to read."""
+    command = [sys.executable, "-m", "server.run_process", str(server.folder.path)]
+    process = subprocess.Popen(  # noqa: S603 - a command line of our own
+        command, env=environment(server), stdin=subprocess.PIPE, start_new_session=True
+    )
+    if process.stdin is not None:
+        process.stdin.write(f"{token}\n".encode())
+        process.stdin.close()
+    return process
+
+
+def environment(server: Server) -> Mapping[str, str]:
+    """Environment of the operator's Flower processes: nothing calls home, and Flower writes in the folder."""
+    return {
+        **os.environ,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_HOME": str(server.folder.home),
+    }
