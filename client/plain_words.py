@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from metarisk_common.plan import Plan
+from metarisk_common.plan import OuterLoop, Plan
 from metarisk_common.privacy import PrivacyEvent, epsilon
 from metarisk_common.schema import Schema
 
@@ -168,6 +168,7 @@ def describe(plan: Plan, cost: Cost, *, size: int, terms: Terms, standing: Terms
         Fact("Noise", _noise(plan)),
         Fact("What leaves the bank", _leaves(plan, size)),
         Fact("What never leaves", _STAYS),
+        Fact("What the server makes of it", _aggregated(plan.outer)),
         Fact("What it costs", _costs(cost)),
         Fact("Limits of this approval", _limits(terms)),
     )
@@ -178,6 +179,19 @@ _STAYS: Final = (
     "The records; how many there really are; losses, accuracies and timings; error messages; the update "
     "before its noise; and any model that the bank adapts to its own records."
 )
+
+
+def _aggregated(outer: OuterLoop) -> str:
+    weighted = "weighted by declared size" if outer.weighting == "declared_size" else "each counting the same"
+    folded = {
+        "mean": f"The mean of the banks' updates, {weighted}.",
+        "norm_bounded_mean": f"The mean of the banks' updates, {weighted}, none larger than {outer.max_update_norm:g}."
+        if outer.max_update_norm is not None
+        else "",
+        "median": "Of each number, the median over the banks: one that lies cannot move it far.",
+        "trimmed_mean": f"Of each number, the mean over the banks without the {outer.trim:.0%} lowest and highest.",
+    }[outer.aggregator]
+    return f"{folded} A round counts from {outer.min_reports} banks on."
 
 
 def _learned(plan: Plan) -> str:

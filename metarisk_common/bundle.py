@@ -8,6 +8,7 @@ Its bytes depend on the version alone (nothing is compressed, for compressors di
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import distribution
 from typing import Final
@@ -47,7 +48,11 @@ clientapp = "client.app:app"
 [tool.flwr.app.config]
 {RUN_KEY} = ""
 """
-    files = {"pyproject.toml": description.encode(), "LICENSE": _LICENCE.encode()}
+    return build_bundle({"pyproject.toml": description.encode(), "LICENSE": _LICENCE.encode()})
+
+
+def build_bundle(files: Mapping[str, bytes]) -> bytes:
+    """Pack files as a Flower app bundle: a ZIP archive with a list of digests, the same bytes everywhere."""
     content = "\n".join(f"{name},{sha256(data).hexdigest()},{len(data) * 8}" for name, data in files.items())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as bundle:

@@ -180,12 +180,10 @@ class RunStatus:
 class Control:
     """The SuperLink's Control API, on loopback. Calls raise `httpx.HTTPError` where nobody answers."""
 
-    def __init__(self, address: str, ca: bytes) -> None:
-        """Connect lazily; `ca`: PEM of who vouches for the address."""
+    def __init__(self, address: str, ca: bytes | None) -> None:
+        """Connect lazily; `ca`: PEM of who vouches for the address, none without TLS."""
         interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
-        self._client = ControlHttpClient.from_server_address(
-            address, insecure=False, root_certificates=ca, interceptors=interceptors
-        )
+        self._client = ControlHttpClient.from_server_address(address, ca is None, ca, interceptors)
 
     def __enter__(self) -> Self:
         """Return this; leaving the block closes the connection."""
@@ -207,7 +205,7 @@ class Control:
         """Keep a node out from now on."""
         self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
-    def start_run(self, bundle: bytes, config: Mapping[str, str]) -> int:
+    def start_run(self, bundle: bytes, config: Mapping[str, str | int]) -> int:
         """Start a run of an app bundle; returns its id."""
         fab = Fab(sha256(bundle).hexdigest(), bundle, {})
         request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(config)))

@@ -112,7 +112,8 @@ def serve(server: Server) -> None:
 
     def listen_twice(app: Application, **options: Any) -> None:  # noqa: ANN401 - uvicorn's own options
         options |= {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
-        options |= {"timeout_graceful_shutdown": _GRACE_SECONDS}
+        # Nobody speaks WebSocket here: a request to change to it is answered as the request that it else is.
+        options |= {"timeout_graceful_shutdown": _GRACE_SECONDS, "ws": "none"}
         same = {name: value for name, value in options.items() if name not in {"host", "port"}}
         inner = uvicorn.Server(uvicorn.Config(app, **options))
         config = uvicorn.Config(OutsideDoor(app), host=outside.host, port=outside.port, lifespan="off", **same)

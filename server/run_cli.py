@@ -15,18 +15,20 @@ from rich.live import Live
 from metarisk_common.commands import progress_bar
 from metarisk_common.errors import ConfigError, MetariskError
 from metarisk_common.flower_deployment import RunStatus
-from metarisk_common.plan import Plan, read_plan
+from metarisk_common.plan import OuterLoop, Plan, read_plan
 
 from . import federation
 from .config import CONFIG_FILE, Server, load_server
 from .manifest import export_bundle, export_file
 from .overview import Overview, overview, tables
+from .robust import cut_of
 from .run_process import run_folder
 
 Home = Annotated[Path, typer.Option("--folder", help="The consortium's folder; by default, the current one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
 RunName = Annotated[str, typer.Argument(help="The run: its name, or its folder.")]
 _FOLLOW_SECONDS = 1.0
+_FEWEST_FOR_MEDIAN = 3
 
 
 def run(
@@ -72,6 +74,21 @@ def _announce(plan: Plan, place: Path) -> None:
         f"rounds    {outer.rounds}, quorum {outer.min_reports}, at most {outer.deadline_seconds:g} seconds each, "
         f"aggregator {outer.aggregator}"
     )
+    for warning in weaknesses(outer):
+        typer.echo(f"WARNING   {warning}")
+
+
+def weaknesses(outer: OuterLoop) -> list[str]:
+    """Say where a plan's aggregator protects less than its name promises."""
+    found = []
+    if outer.aggregator == "trimmed_mean" and cut_of(outer.trim, outer.min_reports) == 0:
+        found.append(
+            f"of {outer.min_reports} reports, which are enough for the quorum, a trim of {outer.trim:g} cuts none: "
+            "that round is a plain mean"
+        )
+    if outer.aggregator == "median" and outer.min_reports < _FEWEST_FOR_MEDIAN:
+        found.append(f"the median of {outer.min_reports} reports, which are enough for the quorum, withstands no liar")
+    return found
 
 
 def _follow(server: Server, place: Path, plan: Plan, *, quiet: bool) -> RunStatus:

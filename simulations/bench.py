@@ -25,7 +25,7 @@ from metarisk_common.tasks import Task
 from server.app import RUN_FOLDER_KEY
 from server.app import app as server_app
 
-from . import vector
+from . import bench_deployment, vector
 from .experiment import CLIENT_APP
 from .inprocess import InProcessGrid, run_apps
 from .runfolder import RunFolder, prepare
@@ -137,7 +137,11 @@ def _rounds() -> list[dict[str, Any]]:
         for name in ("vector", "messages, in one process", "messages, 2 workers"):
             run = prepare(folder / name, short, frame, where=str(source), epsilon=None, engine="inprocess")
             seconds[name] = _vector_round(run) if name == "vector" else _message_round(run, 2 * ("2" in name))
-        return [_with_ratios(f"round of {len(run.bank_folders)} lenders", seconds)]
+        between = bench_deployment.measure(run, folder)
+        return [
+            _with_ratios(f"round of {len(run.bank_folders)} lenders", seconds),
+            _with_ratios(f"round of {bench_deployment.BANKS} banks between processes", between),
+        ]
     finally:
         close_banks()
         shutil.rmtree(folder)

@@ -194,7 +194,7 @@ def not_operator_keys() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("kind", "content"), not_operator_keys().items(), ids=lambda item: str(item)[:8])
+@pytest.mark.parametrize(("kind", "content"), not_operator_keys().items(), ids=["private", "EC", "raw", "empty"])
 def test_what_is_no_operators_key_is_refused(exported: Path, tmp_path: Path, kind: str, content: bytes) -> None:
     path = tmp_path / "signing.pub"
     path.write_bytes(content)

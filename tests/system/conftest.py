@@ -189,6 +189,8 @@ class Consortium:
             "--inside-port", self.inside_port, "--metrics-port", self.metrics_port,
         )  # fmt: skip
 
+    wait = staticmethod(wait_for)
+
     # Commands, in this process: starting an interpreter for each would cost more than all else.
 
     def server(self, *arguments: object, code: int = 0) -> str:
@@ -297,6 +299,11 @@ class Consortium:
         log = self.root / f"{folder.name}.log"
         self.daemons[folder.name] = Daemon(log, self.environment, BIN / "metarisk-client", "up", folder)
         return self.daemons[folder.name]
+
+    def spawn(self, name: str, *command: object) -> Daemon:
+        """Start another program, which ends with all else; its log is NAME.log."""
+        self.daemons[name] = Daemon(self.root / f"{name}.log", self.environment, *command)
+        return self.daemons[name]
 
     def wire(self) -> Wire:
         """Lay a wire to the hub that can be cut."""
