@@ -7,6 +7,7 @@ message that it has in hand, and ends.
 Run as `python -m client.node FOLDER PORT`.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ from metarisk_common.supervise import end_with_parent
 
 from .config import Institution, load_institution
 from .turns import patience
+
+log = logging.getLogger("metarisk.client.node")
 
 LOOPBACK: Final = "127.0.0.1"
 SHORTEST_POLL_SECONDS: Final = 0.1
@@ -39,10 +42,15 @@ class Patience:
         """Begin as if a message had just come."""
         self._clock, self._sleep, self._drained = clock, sleep, drained
         self._last_work = clock()
+        self._connected = False
         self.draining = False
 
     def __call__(self, seconds: float) -> None:
         """Wait instead of Flower, which asks for 3 seconds where it found nothing and for less while it has work."""
+        if not self._connected:
+            # Flower asks for the first time once the hub has let the node in.
+            self._connected = True
+            log.info("connected to the hub")
         if seconds < _FLOWER_IDLE_SECONDS:
             self._last_work = self._clock()
             self._sleep(min(seconds, SHORTEST_POLL_SECONDS / 2))
@@ -79,6 +87,8 @@ def serve(institution: Institution, port: int) -> None:
         patience.draining = True
 
     signal.signal(signal.SIGUSR1, drain)
+    # Of every message Flower says four lines, one of them empty; what the bank did with it, its worker says.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     run_supernode(arguments(institution, port), patience)
 
 

@@ -9,10 +9,13 @@ Run as `python -m client.worker FOLDER PORT`.
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +37,9 @@ from .turns import CANNOT_OPEN, LONGEST_POLL_SECONDS, POLL_SECONDS, busy, patien
 
 log = logging.getLogger("metarisk.client.worker")
 
+_FETCH_SECONDS = 120.0
+_WATCH_SECONDS = 1.0
+_ORDER_LOST = 75  # EX_TEMPFAIL
 _CLIENT_ERROR, _BUNDLE_REFUSED = 2, 7  # Flower's codes for an app that failed and a bundle that is not accepted
 
 
@@ -62,9 +68,10 @@ class Worker:
                 stop.wait(patience(idle, POLL_SECONDS, LONGEST_POLL_SECONDS) if reachable else LONGEST_POLL_SECONDS)
                 continue
             try:
-                with busy(self._institution), source.client_task(token) as task:
+                # Busy only from when the order is here: with the hub gone it may never be, and a drain waits for none.
+                with fetched(source.client_task(token), stop) as task, busy(self._institution):
                     task.answer(self.reply(task))
-            except httpx.HTTPError as error:
+            except Exception as error:  # noqa: BLE001 - what Flower raises where an order or an answer is lost
                 # The ledger holds what was released; if the order comes again, so does the very same report.
                 log.warning("the bank's node was lost with an answer under way: %s", type(error).__name__)
             last_work = time.monotonic()
@@ -114,6 +121,31 @@ class Worker:
             # The names come from the server: shown cut short, and the log's encoding keeps them in one line.
             return "it carries " + ", ".join(name[:60] for name in more)
         return None if digest(bundle) in self._approved else "its SHA-256 is not approved; both sides need one version"
+
+
+@contextmanager
+def fetched(task: ClientTask, stop: threading.Event) -> Iterator[ClientTask]:
+    """Fetch an order, in time or never: this process then ends, and the daemon starts another.
+
+    A run that is stopped while the node fetches an order leaves it half here, and Flower would wait hours for the
+    rest; an order that is still wanted comes in seconds. Nothing of the bank is touched meanwhile.
+    """
+    here = threading.Event()
+
+    def watch() -> None:
+        end = time.monotonic() + _FETCH_SECONDS
+        while not here.wait(_WATCH_SECONDS):
+            if stop.is_set() or time.monotonic() >= end:
+                log.warning("an order did not come whole; it is given up")
+                os._exit(0 if stop.is_set() else _ORDER_LOST)
+
+    with ExitStack() as stack:
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            stack.enter_context(task)
+        finally:
+            here.set()
+        yield task
 
 
 def main(folder: Path, port: int) -> None:

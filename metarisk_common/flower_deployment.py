@@ -3,12 +3,13 @@
 Like `flower_compat`, which is imported first: it sets what every Flower process must be told.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SubStatus
@@ -34,7 +35,7 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
+from flwr.superlink.grid import HttpGrid, http_grid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from .flower_compat import identify_process
@@ -43,6 +44,20 @@ if TYPE_CHECKING:
     from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 
 __all__ = ["ClientTask", "Control", "RunStatus", "ServerTask", "TaskSource", "run_superlink", "run_supernode"]
+
+
+_FIRST_BACKOFF_SECONDS: Final = 0.05
+
+
+def _look_again_soon(module: types.ModuleType, name: str) -> None:
+    """Let a module of Flower's that pulls objects look again soon for one that is still on its way.
+
+    A message is announced before its last piece has arrived, so who is quick finds one missing, three times a round.
+    Flower then waits a second, and doubles it; this begins with a twentieth.
+    """
+    pull = vars(module)[name]
+    if not isinstance(pull, functools.partial):
+        vars(module)[name] = functools.partial(pull, initial_backoff=_FIRST_BACKOFF_SECONDS)
 
 
 def run_superlink(arguments: Sequence[str]) -> None:
@@ -61,6 +76,7 @@ def run_supernode(arguments: Sequence[str], sleep: Callable[[float], None]) -> N
     import flwr.supernode.start_client_internal as loop  # noqa: PLC0415 - for this process alone
     from flwr.supernode.cli import flower_supernode  # noqa: PLC0415
 
+    _look_again_soon(loop, "pull_objects")
     vars(loop)["time"] = types.SimpleNamespace(sleep=sleep)
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
@@ -97,6 +113,18 @@ class TaskSource:
         """Open the client task of a token."""
         return ClientTask(self._address, token, self._ca)
 
+    def give_up(self, token: str, reason: str) -> None:
+        """Tell that the task of a token has failed, for a process that can no longer say so itself."""
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            RuntimeTokenHttpInterceptor(token),
+        ]
+        client = RuntimeHttpClient.from_server_address(self._address, self._ca is None, self._ca, interceptors)
+        try:
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=reason))
+        finally:
+            client.close()
+
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
@@ -117,7 +145,11 @@ class ClientTask:
     def __enter__(self) -> Self:
         """Fetch the message, its context and the bundle's bytes."""
         self._heartbeat.start()
-        self.message, self.context, _, fab = pull_task_input(self._client)
+        try:
+            self.message, self.context, _, fab = pull_task_input(self._client)
+        except BaseException:
+            self.__exit__()
+            raise
         self.bundle = bytes(fab.content)
         return self
 
@@ -138,6 +170,7 @@ class ServerTask:
 
     def __init__(self, address: str, token: str, ca: bytes) -> None:
         """Connect lazily; `with` starts the signs of life and fetches the run's configuration."""
+        _look_again_soon(http_grid, "pull_objects")
         self.grid = HttpGrid(address, insecure=False, root_certificates=ca, token=token)
         self._client = self.grid._runtime_client  # noqa: SLF001 - Flower's own process does so
         self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self._client))

@@ -1,7 +1,8 @@
 """The operator's daemon: keeps the hub alive and gives every run a process.
 
 It plays the part of Flower's SuperExec, except that it starts the installed server and not the code in a bundle. A
-hub that crashes is started again on the same state, and runs go on meanwhile.
+hub that crashes is started again on the same state, and runs go on meanwhile. A run whose process is lost is told to
+the hub as failed at once, so that `run --resume` can go on with it.
 """
 
 import logging
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -30,6 +32,15 @@ _POLL_SECONDS = 0.2
 _RUN_END_SECONDS = 15.0
 _HUB_END_SECONDS = 10.0
 _WARN_DAYS = 30
+_SERVER_ERROR = 500
+
+
+@dataclass(frozen=True)
+class RunProcess:
+    """The process of a run, and the token that speaks for the run at the hub."""
+
+    process: subprocess.Popen[bytes]
+    token: str
 
 
 def up(path: Path) -> None:
@@ -61,32 +72,52 @@ def up(path: Path) -> None:
             secret=server.folder.superexec_secret.read_bytes(),
             ca=server.folder.ca_certificate.read_bytes(),
         )
-        runs: list[subprocess.Popen[bytes]] = []
-        agreed = False
+        runs: list[RunProcess] = []
+        agreed = settled = False
         log.info("the server is up", extra={"consortium": server.config.name, "pid": os.getpid()})
         try:
             while not stop.is_set():
                 hub.tend()
-                runs = [run for run in runs if run.poll() is None]
+                runs = [run for run in runs if not has_ended(run, source)]
                 try:
                     if not agreed:
                         federation.agree(server)
-                        agreed = True
+                        if not settled:
+                            federation.settle(server)
+                        agreed = settled = True
                         log.info("the hub answers", extra={"outside_port": server.config.outside.port})
                     token = source.acquire()
                 except httpx.HTTPError:
                     token, agreed = None, False
                 if token is not None:
-                    runs.append(start_run(server, token))
+                    runs.append(RunProcess(start_run(server, token), token))
                 stop.wait(_POLL_SECONDS)
         finally:
             log.info("stopping: what is finished of a run is kept")
             for run in runs:
-                run.terminate()
+                run.process.terminate()
             for run in runs:
-                end_process(run, _RUN_END_SECONDS)
+                end_process(run.process, _RUN_END_SECONDS)
             hub.end(_HUB_END_SECONDS)
         log.info("the server is down")
+
+
+def has_ended(run: RunProcess, source: TaskSource) -> bool:
+    """Whether a run's process has ended and the hub knows it; one that was killed could not tell it itself."""
+    code = run.process.poll()
+    if code is None:
+        return False
+    if code == 0:
+        return True
+    try:
+        source.give_up(run.token, f"the run's process ended with code {code}")
+    except httpx.HTTPStatusError as error:
+        # The hub no longer takes the token of a run whose process has told how it ended.
+        return error.response.status_code < _SERVER_ERROR
+    except httpx.HTTPError:
+        return False
+    log.error("a run's process ended with code %d before it could tell the hub", code)
+    return True
 
 
 def start_run(server: Server, token: str) -> subprocess.Popen[bytes]:

@@ -7,7 +7,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -180,6 +180,22 @@ def run_status(server: Server, folder: Path) -> RunStatus | None:
         return None
     with control(server) as hub:
         return hub.run_status(numbers[-1])
+
+
+def settle(server: Server) -> None:
+    """Stop every run that the hub believes to go on: for a daemon that has just started, and so has none.
+
+    Raises:
+        httpx.HTTPError: the hub does not answer.
+
+    """
+    with Control(server.inside_address, server.folder.ca_certificate.read_bytes()) as hub:
+        for path in server.folder.runs.glob("*/run.json"):
+            with suppress(OSError, ValueError, KeyError, IndexError):  # What is no run's folder is none of ours.
+                number = json.loads(path.read_text(encoding="utf-8"))["flower_runs"][-1]
+                standing = hub.run_status(number)
+                if standing is not None and standing.status == "running":
+                    hub.stop_run(number)
 
 
 def stop(server: Server, folder: Path) -> bool:

@@ -10,6 +10,7 @@ Run as `python -m server.hub FOLDER`.
 
 import asyncio
 import gc
+import logging
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -138,4 +139,7 @@ async def _serve_both(inside: uvicorn.Server, outside: uvicorn.Server) -> None:
 if __name__ == "__main__":
     end_with_parent()
     logs.set_up("hub")
+    # One line a request, and one a migration of its database: what happens to banks and runs, the daemon says.
+    for chatty in ("flwr", "alembic", "uvicorn.error"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     serve(load_server(Path(sys.argv[1])))

@@ -138,9 +138,9 @@ def tables(seen: Overview) -> Group:
 
 
 def _bank_table(seen: Overview) -> Table:
-    table = Table(title=f"Banks (quorum {seen.quorum})", title_justify="left")
+    table = Table(title=f"Banks, with the norm of their last update (quorum {seen.quorum})", title_justify="left")
     table.add_column("bank")
-    for heading in ("online", "admitted", "refused", "rejected", "absent", "last round", "update norm"):
+    for heading in ("online", "reports", "refused", "rejected", "absent", "last", "norm"):
         table.add_column(heading, justify="right")
     for name, bank in seen.banks.items():
         here = _NONE if bank.online is None else ("yes" if bank.online else "no")
@@ -153,9 +153,9 @@ def _bank_table(seen: Overview) -> Table:
 
 
 def _round_table(seen: Overview) -> Table:
-    title = "Rounds" if len(seen.journal) <= _SHOWN else f"Rounds (the last {_SHOWN})"
-    table = Table(title=title, title_justify="left")
-    for heading in ("round", "cohort", "admitted", "quorum", "refused", "rejected", "mean update norm", "seconds"):
+    title = "Rounds" if len(seen.journal) <= _SHOWN else f"The last {_SHOWN} rounds"
+    table = Table(title=f"{title}, with the mean norm of their updates", title_justify="left")
+    for heading in ("round", "cohort", "reports", "quorum", "refused", "rejected", "norm", "seconds"):
         table.add_column(heading, justify="right")
     for record in seen.journal[-_SHOWN:]:
         norm = record["mean_update_norm"]

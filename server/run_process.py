@@ -35,6 +35,17 @@ class _EndedError(Exception):
 
 def play(server: Server, token: str) -> int:
     """Play the run of a token to its end, and tell Flower how it ended; returns the exit code."""
+    try:
+        return _play(server, token)
+    except BaseException as error:
+        if isinstance(error, Exception | SystemExit):
+            raise
+        # What is no Exception, Flower raises where the hub no longer takes the token: the run was stopped there.
+        log.info("run ended: it was stopped")
+        return 1
+
+
+def _play(server: Server, token: str) -> int:
     ca = server.folder.ca_certificate.read_bytes()
     failure: str | None = None
     with ServerTask(server.inside_address, token, ca) as task:

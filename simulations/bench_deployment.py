@@ -98,7 +98,11 @@ def _all_online(server: Server) -> bool:
 
 def _finished(server: Server, folder: Path) -> bool:
     status = federation.run_status(server, folder)
-    return status is not None and status.status == "finished"
+    if status is None or status.status != "finished":
+        return False
+    if status.sub_status != "completed":
+        raise MetariskError(f"the benchmark's run was {status.sub_status}: {status.details}")
+    return True
 
 
 _STOCK_PROJECT = """\

@@ -29,6 +29,23 @@ def test_the_node_waits_with_the_two_pauses_that_patience_tells_apart() -> None:
     assert source.count("time.sleep(") == 3
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("flwr.supernode.start_client_internal", "pull_objects"),
+        ("flwr.supernode.runtime.run_clientapp", "pull_and_inflate_object_from_tree"),
+        ("flwr.superlink.grid.http_grid", "pull_objects"),
+    ],
+)
+def test_what_is_not_there_yet_is_looked_for_again_after_a_pause_of_ours(module: str, name: str) -> None:
+    """Each of them takes the first pause by name, is called without one, and found in its module when it is called."""
+    loaded = flower(module)
+    found = getattr(loaded, name)
+    assert inspect.signature(found).parameters["initial_backoff"].default in {1, 0.05}
+    assert "initial_backoff" not in inspect.getsource(loaded)
+    assert f"{name}(" in inspect.getsource(loaded)
+
+
 def test_the_hub_listens_by_way_of_uvicorn_run() -> None:
     source = inspect.getsource(flower("flwr.superlink.cli.flower_superlink")._run_superlink_http_api)
     assert source.count("uvicorn.run(") == 1
