@@ -15,7 +15,7 @@ installed := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format bench lock clean
+.PHONY: help install demo test soak lint format bench lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ demo: $(installed) ## train on real loans under differential privacy, and judge 
 
 test: $(installed) ## run the tests; make test ARGS='-k ledger' runs some of them
 	@$(bin)/pytest -n 2 --dist loadfile $(ARGS)
+
+soak: $(installed) ## twenty banks for twenty rounds: no reply lost, and the server does not grow
+	@$(bin)/pytest -m soak $(ARGS)
 
 lint: $(installed) ## check style, types and the rules of imports
 	@$(bin)/ruff check .

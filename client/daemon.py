@@ -25,7 +25,8 @@ from .turns import CANNOT_OPEN, is_busy
 log = logging.getLogger("metarisk.client.daemon")
 
 _POLL_SECONDS = 0.2
-_DRAIN_SECONDS = 5.0
+_DRAIN_SECONDS = 15.0
+_NODE_END_SECONDS = 5.0
 _ANSWER_SECONDS = 600.0
 
 
@@ -58,7 +59,7 @@ def up(folder: Path) -> None:
             log.info("stopping: the answer in hand is finished first")
             drain(institution, node)
         finally:
-            node.end(_DRAIN_SECONDS)
+            node.end(_NODE_END_SECONDS)
             worker.end(_ANSWER_SECONDS)
         log.info("the bank is down")
 

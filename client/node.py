@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import uvicorn.config
+
 from metarisk_common import logs
 from metarisk_common.errors import ConfigError
 from metarisk_common.flower_deployment import run_supernode
@@ -29,7 +31,10 @@ log = logging.getLogger("metarisk.client.node")
 LOOPBACK: Final = "127.0.0.1"
 SHORTEST_POLL_SECONDS: Final = 0.1
 LONGEST_POLL_SECONDS: Final = 3.0
+LINGER_SECONDS: Final = 3.0
+"""The hub forgets an answer that the server has not fetched when its node leaves: a drained node leaves this late."""
 _FLOWER_IDLE_SECONDS = 3.0
+_HUB_LOST = 75  # EX_TEMPFAIL
 
 
 class Patience:
@@ -41,8 +46,8 @@ class Patience:
     def __init__(self, clock: Callable[[], float], sleep: Callable[[float], None], drained: Callable[[], None]) -> None:
         """Begin as if a message had just come."""
         self._clock, self._sleep, self._drained = clock, sleep, drained
-        self._last_work = clock()
-        self._connected = False
+        self._last_work = self._idle_since = clock()
+        self._connected = self._idle = False
         self.draining = False
 
     def __call__(self, seconds: float) -> None:
@@ -52,10 +57,13 @@ class Patience:
             self._connected = True
             log.info("connected to the hub")
         if seconds < _FLOWER_IDLE_SECONDS:
-            self._last_work = self._clock()
+            self._last_work, self._idle = self._clock(), False
             self._sleep(min(seconds, SHORTEST_POLL_SECONDS / 2))
             return
+        if not self._idle:
+            self._idle_since, self._idle = self._clock(), True
         if self.draining:
+            self._sleep(max(0.0, LINGER_SECONDS - (self._clock() - self._idle_since)))
             self._drained()
         self._sleep(patience(self._clock() - self._last_work, SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS))
 
@@ -89,7 +97,17 @@ def serve(institution: Institution, port: int) -> None:
     signal.signal(signal.SIGUSR1, drain)
     # Of every message Flower says four lines, one of them empty; what the bank did with it, its worker says.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    run_supernode(arguments(institution, port), patience)
+    # Flower starts a server with uvicorn's own logging, which would write lines of another kind between these.
+    uvicorn.config.LOGGING_CONFIG.clear()
+    uvicorn.config.LOGGING_CONFIG.update(version=1, disable_existing_loggers=False)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    try:
+        run_supernode(arguments(institution, port), patience)
+        log.warning("the hub was lost within a handshake, after which Flower does not try again")
+    except Exception as error:  # noqa: BLE001 - whatever ends it, the daemon is to start another
+        log.error("the node failed: %s", type(error).__name__)  # noqa: TRY400 - as in client.bank
+    # Flower's local server would keep this process alive, and the daemon would take it for a node.
+    os._exit(_HUB_LOST)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from .counters import Counters, read_counters
 from .ledger import Ledger
 from .ledger_cli import AsJson
 from .plain_words import epsilon_text
-from .statement_page import plain
+from .statement_page import bounded
 from .turns import is_busy, is_served
 from .verify import verify_export
 
@@ -52,7 +52,8 @@ def status(folder: Folder = Path(), as_json: AsJson = False) -> None:  # noqa: F
         **asdict(counters),
     }
     if as_json:
-        typer.echo(json.dumps(plain(answer)))
+        values = {name: bounded(value) if isinstance(value, float) else value for name, value in answer.items()}
+        typer.echo(json.dumps(values))
         return
     table = Table(title=escape(institution.config.name), show_header=False, title_justify="left")
     for heading, text in _rows(

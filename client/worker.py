@@ -9,13 +9,10 @@ Run as `python -m client.worker FOLDER PORT`.
 """
 
 import logging
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -37,10 +34,11 @@ from .turns import CANNOT_OPEN, LONGEST_POLL_SECONDS, POLL_SECONDS, busy, patien
 
 log = logging.getLogger("metarisk.client.worker")
 
-_FETCH_SECONDS = 120.0
-_WATCH_SECONDS = 1.0
-_ORDER_LOST = 75  # EX_TEMPFAIL
 _CLIENT_ERROR, _BUNDLE_REFUSED = 2, 7  # Flower's codes for an app that failed and a bundle that is not accepted
+
+
+class _WithdrawnError(Exception):
+    """The order that is being fetched will never be here whole."""
 
 
 class Worker:
@@ -55,9 +53,10 @@ class Worker:
     def work(self, source: TaskSource, stop: threading.Event) -> None:
         """Answer until `stop` is set; the SuperNode may come and go."""
         reachable, last_work = True, time.monotonic()
+        tasks = Tasks(source, stop)
         while not stop.is_set():
             try:
-                token = source.acquire()
+                token = tasks.take()
                 reachable = True
             except httpx.HTTPError as error:
                 if reachable:
@@ -69,8 +68,10 @@ class Worker:
                 continue
             try:
                 # Busy only from when the order is here: with the hub gone it may never be, and a drain waits for none.
-                with fetched(source.client_task(token), stop) as task, busy(self._institution):
+                with source.client_task(token, tasks.wait) as task, busy(self._institution):
                     task.answer(self.reply(task))
+            except _WithdrawnError:
+                log.warning("an order did not come whole: its run was ended meanwhile")
             except Exception as error:  # noqa: BLE001 - what Flower raises where an order or an answer is lost
                 # The ledger holds what was released; if the order comes again, so does the very same report.
                 log.warning("the bank's node was lost with an answer under way: %s", type(error).__name__)
@@ -123,29 +124,36 @@ class Worker:
         return None if digest(bundle) in self._approved else "its SHA-256 is not approved; both sides need one version"
 
 
-@contextmanager
-def fetched(task: ClientTask, stop: threading.Event) -> Iterator[ClientTask]:
-    """Fetch an order, in time or never: this process then ends, and the daemon starts another.
+class Tasks:
+    """Tokens of the tasks that the bank's node has, one after another."""
 
-    A run that is stopped while the node fetches an order leaves it half here, and Flower would wait hours for the
-    rest; an order that is still wanted comes in seconds. Nothing of the bank is touched meanwhile.
-    """
-    here = threading.Event()
+    def __init__(self, source: TaskSource, stop: threading.Event) -> None:
+        """Take none yet."""
+        self._source, self._stop = source, stop
+        self._next: str | None = None
+        self._lock = threading.Lock()
 
-    def watch() -> None:
-        end = time.monotonic() + _FETCH_SECONDS
-        while not here.wait(_WATCH_SECONDS):
-            if stop.is_set() or time.monotonic() >= end:
-                log.warning("an order did not come whole; it is given up")
-                os._exit(0 if stop.is_set() else _ORDER_LOST)
+    def take(self) -> str | None:
+        """Token of the next task; none if there is none."""
+        with self._lock:
+            token, self._next = self._next, None
+        return self._source.acquire() if token is None else token
 
-    with ExitStack() as stack:
-        threading.Thread(target=watch, daemon=True).start()
-        try:
-            stack.enter_context(task)
-        finally:
-            here.set()
-        yield task
+    def wait(self) -> None:
+        """Wait on for an order that is not here whole.
+
+        The node fetches one order at a time: if it has another task, it has given the order up. It does so, and tells
+        nobody, if the order's run is ended meanwhile; Flower would wait hours for the rest.
+
+        Raises:
+            _WithdrawnError: the order will never be here, or this process is to end.
+
+        """
+        with self._lock:
+            if self._next is None:
+                self._next = self._source.acquire()
+            if self._next is not None or self._stop.is_set():
+                raise _WithdrawnError
 
 
 def main(folder: Path, port: int) -> None:

@@ -22,6 +22,7 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.supercore.constant import TaskType
@@ -35,10 +36,11 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid, http_grid
+from flwr.supernode.runtime import run_clientapp
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from .flower_compat import identify_process
+from .flower_grid import SteadyGrid
 
 if TYPE_CHECKING:
     from flwr.supercore.protobuf.client import ProtobufClientInterceptor
@@ -47,17 +49,18 @@ __all__ = ["ClientTask", "Control", "RunStatus", "ServerTask", "TaskSource", "ru
 
 
 _FIRST_BACKOFF_SECONDS: Final = 0.05
+_LOCAL_BACKOFF_SECONDS: Final = 1.0
 
 
-def _look_again_soon(module: types.ModuleType, name: str) -> None:
+def _look_again_soon(module: types.ModuleType, name: str, **options: float) -> None:
     """Let a module of Flower's that pulls objects look again soon for one that is still on its way.
 
     A message is announced before its last piece has arrived, so who is quick finds one missing, three times a round.
-    Flower then waits a second, and doubles it; this begins with a twentieth.
+    Flower then waits a second, and doubles it up to ten; this begins with a twentieth. `options` go to Flower too.
     """
     pull = vars(module)[name]
     if not isinstance(pull, functools.partial):
-        vars(module)[name] = functools.partial(pull, initial_backoff=_FIRST_BACKOFF_SECONDS)
+        vars(module)[name] = functools.partial(pull, initial_backoff=_FIRST_BACKOFF_SECONDS, **options)
 
 
 def run_superlink(arguments: Sequence[str]) -> None:
@@ -109,9 +112,9 @@ class TaskSource:
         found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._kind]))
         return str(found.token) if found.HasField("task") and found.token else None
 
-    def client_task(self, token: str) -> "ClientTask":
-        """Open the client task of a token."""
-        return ClientTask(self._address, token, self._ca)
+    def client_task(self, token: str, waiting: Callable[[], None]) -> "ClientTask":
+        """Open the client task of a token; `waiting` is called while its order is not here whole, and may raise."""
+        return ClientTask(self._address, token, self._ca, waiting)
 
     def give_up(self, token: str, reason: str) -> None:
         """Tell that the task of a token has failed, for a process that can no longer say so itself."""
@@ -130,10 +133,24 @@ class TaskSource:
         self._client.close()
 
 
+def _telling(
+    pull: Callable[[PullObjectRequest], PullObjectResponse], waiting: Callable[[], None]
+) -> Callable[[PullObjectRequest], PullObjectResponse]:
+    """Pull objects as before, and call `waiting` with each look at one that is not there yet."""
+
+    def pulled(request: PullObjectRequest) -> PullObjectResponse:
+        response = pull(request)
+        if response.object_found and not response.object_available:
+            waiting()
+        return response
+
+    return pulled
+
+
 class ClientTask:
     """One message for the bank: it is fetched with the app bundle that the server started, and answered once."""
 
-    def __init__(self, address: str, token: str, ca: bytes | None) -> None:
+    def __init__(self, address: str, token: str, ca: bytes | None, waiting: Callable[[], None]) -> None:
         """Connect; `with` starts the signs of life and fetches the input."""
         interceptors: list[ProtobufClientInterceptor] = [
             RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
@@ -141,6 +158,8 @@ class ClientTask:
         ]
         self._client = RuntimeHttpClient.from_server_address(address, ca is None, ca, interceptors)
         self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self._client))
+        vars(self._client)["PullObject"] = _telling(self._client.PullObject, waiting)
+        _look_again_soon(run_clientapp, "pull_and_inflate_object_from_tree", backoff_cap=_LOCAL_BACKOFF_SECONDS)
 
     def __enter__(self) -> Self:
         """Fetch the message, its context and the bundle's bytes."""
@@ -148,6 +167,8 @@ class ClientTask:
         try:
             self.message, self.context, _, fab = pull_task_input(self._client)
         except BaseException:
+            # Else the node would miss this process in a minute, and take that for the answer to its order of then.
+            push_task_output(self._client, None, SubStatus.FAILED, "the order did not come whole")
             self.__exit__()
             raise
         self.bundle = bytes(fab.content)
@@ -170,8 +191,7 @@ class ServerTask:
 
     def __init__(self, address: str, token: str, ca: bytes) -> None:
         """Connect lazily; `with` starts the signs of life and fetches the run's configuration."""
-        _look_again_soon(http_grid, "pull_objects")
-        self.grid = HttpGrid(address, insecure=False, root_certificates=ca, token=token)
+        self.grid = SteadyGrid(address, ca, token)
         self._client = self.grid._runtime_client  # noqa: SLF001 - Flower's own process does so
         self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self._client))
 
@@ -245,7 +265,7 @@ class Control:
         return int(self._client.StartRun(request).run_id)
 
     def run_status(self, run_id: int) -> RunStatus | None:
-        """How a run stands, or none if Flower knows of no such run."""
+        """How a run stands, or none if there is no such run; where Flower's database was lost it raises a 404."""
         for found in self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict.values():
             return RunStatus(found.status.status, found.status.sub_status, found.status.details)
         return None

@@ -12,16 +12,17 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
+from metarisk_common.errors import MetariskError
 from metarisk_common.flower_deployment import TaskSource
 from metarisk_common.supervise import Child, end_process, only_instance, stop_on_signals
 
 from . import federation
-from .certificates import days_left
+from .certificates import check_certificate, days_left
 from .config import Server, load_server
 from .metrics import serve_metrics
 
@@ -29,6 +30,7 @@ log = logging.getLogger("metarisk.server.daemon")
 
 LOCK_FILE = "daemon.lock"
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 1.0
 _RUN_END_SECONDS = 15.0
 _HUB_END_SECONDS = 10.0
 _WARN_DAYS = 30
@@ -55,6 +57,7 @@ def up(path: Path) -> None:
     refusal = f"{path}: another daemon serves this consortium already; stop it first"
     with stop_on_signals() as stop, ExitStack() as stack:
         stack.enter_context(only_instance(server.folder.path / LOCK_FILE, refusal))
+        check_certificate(server.folder)
         days = days_left(server.folder)
         if days < _WARN_DAYS:
             log.warning(
@@ -73,24 +76,17 @@ def up(path: Path) -> None:
             ca=server.folder.ca_certificate.read_bytes(),
         )
         runs: list[RunProcess] = []
-        agreed = settled = False
+        lookout, next_look = Lookout(server, source), 0.0
         log.info("the server is up", extra={"consortium": server.config.name, "pid": os.getpid()})
         try:
             while not stop.is_set():
                 hub.tend()
                 runs = [run for run in runs if not has_ended(run, source)]
-                try:
-                    if not agreed:
-                        federation.agree(server)
-                        if not settled:
-                            federation.settle(server)
-                        agreed = settled = True
-                        log.info("the hub answers", extra={"outside_port": server.config.outside.port})
-                    token = source.acquire()
-                except httpx.HTTPError:
-                    token, agreed = None, False
-                if token is not None:
-                    runs.append(RunProcess(start_run(server, token), token))
+                if time.monotonic() >= next_look:
+                    next_look = time.monotonic() + _LOOK_SECONDS
+                    token = lookout.look()
+                    if token is not None:
+                        runs.append(RunProcess(start_run(server, token), token))
                 stop.wait(_POLL_SECONDS)
         finally:
             log.info("stopping: what is finished of a run is kept")
@@ -100,6 +96,42 @@ def up(path: Path) -> None:
                 end_process(run.process, _RUN_END_SECONDS)
             hub.end(_HUB_END_SECONDS)
         log.info("the server is down")
+
+
+@dataclass
+class Lookout:
+    """Keeps an eye on the hub: has it agree with the allow-list, tells which banks come and go, and finds new runs."""
+
+    server: Server
+    source: TaskSource
+    _agreed: bool = field(default=False, init=False)
+    _settled: bool = field(default=False, init=False)
+    _online: Mapping[str, bool] = field(default_factory=dict, init=False)
+
+    def look(self) -> str | None:
+        """Look once; the token of a run that wants a process, if there is one, and none while the hub is down."""
+        try:
+            if not self._agreed:
+                federation.agree(self.server)
+                if not self._settled:
+                    federation.settle(self.server)
+                self._agreed = self._settled = True
+                log.info("the hub answers", extra={"outside_port": self.server.config.outside.port})
+            self._tell_changes()
+            return self.source.acquire()
+        except httpx.HTTPError:
+            self._agreed = False
+            return None
+
+    def _tell_changes(self) -> None:
+        try:
+            now = federation.online(self.server)
+        except MetariskError:
+            return
+        for name, here in now.items():
+            if here != self._online.get(name, False):
+                log.info("a bank is online" if here else "a bank is offline", extra={"bank": name})
+        self._online = now
 
 
 def has_ended(run: RunProcess, source: TaskSource) -> bool:

@@ -179,7 +179,22 @@ def run_status(server: Server, folder: Path) -> RunStatus | None:
     if not numbers:
         return None
     with control(server) as hub:
-        return hub.run_status(numbers[-1])
+        return status_of(hub, numbers[-1])
+
+
+def status_of(hub: Control, number: int) -> RunStatus | None:
+    """How a run stands; none where the hub has lost its database, and with it every earlier run.
+
+    Raises:
+        httpx.HTTPError: the hub does not answer.
+
+    """
+    try:
+        return hub.run_status(number)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        raise
 
 
 def settle(server: Server) -> None:
@@ -193,7 +208,7 @@ def settle(server: Server) -> None:
         for path in server.folder.runs.glob("*/run.json"):
             with suppress(OSError, ValueError, KeyError, IndexError):  # What is no run's folder is none of ours.
                 number = json.loads(path.read_text(encoding="utf-8"))["flower_runs"][-1]
-                standing = hub.run_status(number)
+                standing = status_of(hub, number)
                 if standing is not None and standing.status == "running":
                     hub.stop_run(number)
 

@@ -114,6 +114,8 @@ def export_bundle(run: Path, out: Path, server: Server | None, *, now: datetime 
     """
     finished = _finished(run)
     records = _records(run, finished)
+    if not rounds_by_bank(records):
+        raise ConfigError(f"{run}: every round missed its quorum, so nothing was learned; there is nothing to export")
     key = None if server is None else _signing_key(server.folder.signing_key)
     _check_place(out)
     files = {

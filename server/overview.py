@@ -128,7 +128,7 @@ def _banks(records: list[dict[str, Any]], online: Mapping[str, bool] | None) -> 
 
 def tables(seen: Overview) -> Group:
     """Lay a run out for a terminal: a headline, its banks, its last rounds."""
-    left = "" if seen.seconds_left is None or seen.round == seen.rounds else f", about {_time(seen.seconds_left)} left"
+    left = "" if seen.seconds_left is None or seen.state != "running" else f", about {_time(seen.seconds_left)} left"
     lines = [f"{seen.plan}: round {seen.round} of {seen.rounds}, {seen.state}{left}", f"plan {seen.plan_hash}"]
     if seen.details:
         lines.append(seen.details)

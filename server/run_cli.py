@@ -54,15 +54,43 @@ def run(
     if detach:
         typer.echo(json.dumps({"run": place.name, "plan_hash": chosen.hash()}) if as_json else f"started: {place.name}")
         return
-    status = _follow(server, place, chosen, quiet=as_json)
+    _conclude(_follow(server, place, chosen, quiet=as_json), place, folder, as_json=as_json)
+
+
+def _conclude(status: RunStatus, place: Path, folder: Path, *, as_json: bool) -> None:
+    """Say how a run ended.
+
+    Raises:
+        MetariskError: not well, or without having learned anything.
+
+    """
     seen = overview(place, None)
+    missed = sum(not record["quorum"] for record in seen.journal)
     if as_json:
         typer.echo(json.dumps(asdict(seen) | {"status": status.sub_status, "details": status.details}))
-    elif status.sub_status == "completed":
-        typer.echo(f"completed: {place.name}, {seen.round} rounds")
     if status.sub_status != "completed":
-        resumable = f"; its {seen.round} rounds are kept: metarisk-server run --resume {place.name}"
-        raise MetariskError(f"the run was {status.sub_status}: {status.details or 'no reason was given'}{resumable}")
+        how = {"failed": "has failed", "stopped": "was stopped"}.get(status.sub_status, "ended")
+        resumable = f"; its {seen.round} rounds are kept: metarisk-server run --resume {place.name} --folder {folder}"
+        raise MetariskError(f"the run {how}: {status.details or 'no reason was given'}{resumable}")
+    if missed == len(seen.journal):
+        raise MetariskError(
+            f"all {missed} rounds missed the quorum: nothing was learned, and banks that answered have paid; "
+            f"see: metarisk-server status {place.name} --folder {folder}"
+        )
+    if as_json:
+        return
+    if missed:
+        typer.echo(f"WARNING: {missed} of {len(seen.journal)} rounds missed the quorum and changed nothing", err=True)
+    typer.echo("\n".join([f"completed: {place.name}, {seen.round} rounds", *federated_metrics(seen)]))
+
+
+def federated_metrics(seen: Overview) -> list[str]:
+    """Say what the banks' score histograms have told last, if the plan asks for them."""
+    told = [record["federated_metrics"] for record in seen.journal if "federated_metrics" in record]
+    if not told or "auc" not in told[-1]:
+        return []
+    auc, noise, count = told[-1]["auc"], told[-1]["auc_noise_std"], len(told[-1]["admitted"])
+    return [f"federated AUC {auc:.3f} (noise +-{noise:.3f}), over the records of {count} banks that it learned from"]
 
 
 def _announce(plan: Plan, place: Path) -> None:

@@ -180,6 +180,24 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: metarisk-simulate tryout --lenders 3 --out tryout")
+def tryout(
+    scenario: Annotated[str, typer.Argument(help="A built-in scenario, or a scenario's TOML file.")] = "credit",
+    lenders: Annotated[int, typer.Option(min=1, help="How many banks.")] = 3,
+    out: Annotated[Path, typer.Option(help="The folder to write: new, or empty.")] = Path("tryout"),
+    epsilon: Annotated[float, typer.Option(help="What the whole run is to cost each bank.")] = 3.0,
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Write what an operator and some banks need to try a federation by hand: each bank's own loans, and a plan."""
+    from . import tryout as by_hand  # noqa: PLC0415 - see `_run`
+    from .scenarios import built_in  # noqa: PLC0415
+
+    by_hand.check_epsilon(epsilon)
+    path = Path(scenario) if scenario.endswith(".toml") else built_in(scenario)
+    made = by_hand.prepare(out, path, lenders=lenders, epsilon=epsilon)
+    typer.echo(_json(by_hand.summary(made)) if as_json else "\n".join(by_hand.lines(made)))
+
+
 def main() -> None:
     """Run the command line; mistakes become one line and an exit code."""
     run_app(app)

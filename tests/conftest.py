@@ -3,9 +3,10 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,6 +14,9 @@ import pytest
 import typer
 
 from client.approval import approve
+from client.charges import charges_of
+from client.cli import app as client_app
+from client.ledger import Ledger
 from metarisk_common.commands import run_app
 from metarisk_common.plan import Plan
 from simulations.scenarios import load_scenario
@@ -131,6 +135,32 @@ def write_bank(folder: Path, plan: Plan, frame: pl.DataFrame, *, epsilon: float 
     (folder / "institution.toml").write_text(text + simulation, encoding="utf-8")
     approve(folder, plan)
     return folder
+
+
+def check_ledgers(journal: Sequence[Mapping[str, Any]], run_id: str, folders: Mapping[str, Path]) -> None:
+    """Every ledger is whole, and right about a run: what was admitted was charged, and nothing was charged twice.
+
+    What was lost on the way is charged all the same, so a bank may have paid for more than was admitted. What it
+    refused, for its plan or its budget, it has not paid for.
+    """
+    assert [record["round"] for record in journal] == list(range(1, len(journal) + 1))
+    for name, folder in folders.items():
+        code, _, err = call_app(client_app, "ledger", "verify", folder)
+        assert (code, err) == (0, ""), name
+        with Ledger.read(folder / "ledger.sqlite") as ledger:
+            charges = [charge for charge in charges_of(ledger.entries()) if charge.key.run_id == run_id]
+        outcomes = {charge.key.round: charge.outcome for charge in charges if charge.key.kind == "train"}
+        assert len({charge.key.turn for charge in charges}) == len(charges), (name, charges)
+        for record in journal:
+            if name in record["admitted"]:
+                assert outcomes.get(record["round"]) == "released", (name, record["round"], outcomes)
+            if record["refused"].get(name) in {"plan", "budget"}:
+                assert record["round"] not in outcomes, (name, record["round"], outcomes)
+
+
+@pytest.fixture(scope="session")
+def assert_ledgers() -> Callable[..., None]:
+    return check_ledgers
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from client.config import load_institution
-from client.node import LONGEST_POLL_SECONDS, SHORTEST_POLL_SECONDS, Patience, arguments
+from client.node import LINGER_SECONDS, LONGEST_POLL_SECONDS, SHORTEST_POLL_SECONDS, Patience, arguments
 from client.turns import patience
 from metarisk_common.errors import ConfigError
 
@@ -60,6 +60,29 @@ def test_it_drains_only_with_nothing_in_hand() -> None:
     wait(0.5)
     assert world.drained == 0
     wait(3.0)
+    assert world.drained == 1
+
+
+def test_a_drained_node_leaves_its_answer_time_to_be_fetched_and_takes_no_order_meanwhile() -> None:
+    world = World()
+    left: list[float] = []
+    wait = Patience(lambda: world.now, world.sleep, lambda: left.append(world.now))
+    for _ in range(10):
+        wait(0.5)
+    delivered = world.now
+    wait.draining = True
+    wait(3.0)
+    assert left == [delivered + LINGER_SECONDS]
+
+
+def test_a_node_that_was_idle_anyway_leaves_at_once() -> None:
+    world = World()
+    wait = world.patience()
+    while world.now < 2 * LINGER_SECONDS:
+        wait(3.0)
+    wait.draining, before = True, len(world.slept)
+    wait(3.0)
+    assert world.slept[before] == 0
     assert world.drained == 1
 
 

@@ -34,7 +34,6 @@ def test_the_node_waits_with_the_two_pauses_that_patience_tells_apart() -> None:
     [
         ("flwr.supernode.start_client_internal", "pull_objects"),
         ("flwr.supernode.runtime.run_clientapp", "pull_and_inflate_object_from_tree"),
-        ("flwr.superlink.grid.http_grid", "pull_objects"),
     ],
 )
 def test_what_is_not_there_yet_is_looked_for_again_after_a_pause_of_ours(module: str, name: str) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from metarisk_common.errors import MetariskError
 from metarisk_common.flower_deployment import RunStatus
 from metarisk_common.plan import OuterLoop
 from server.overview import overview, tables
-from server.run_cli import weaknesses
+from server.run_cli import _conclude, federated_metrics, weaknesses
 
 
 @pytest.fixture
@@ -89,3 +90,30 @@ def test_an_aggregator_that_protects_less_than_its_name_is_told(outer: dict[str,
     found = weaknesses(OuterLoop.model_validate(outer))
     assert len(found) == len(said)
     assert all(words in text for words, text in zip(said, found, strict=True))
+
+
+def test_how_a_run_ended_is_told_with_the_way_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = Path("consortium")
+    with pytest.raises(MetariskError, match=r"has failed: why; .* --resume .* --folder consortium"):
+        _conclude(RunStatus("finished", "failed", "why"), run, home, as_json=False)
+    _conclude(RunStatus("finished", "completed", ""), run, home, as_json=False)
+    said = capsys.readouterr()
+    assert "1 of 2 rounds missed the quorum" in said.err
+    assert said.out.startswith(f"completed: {run.name}")
+
+
+def test_a_run_that_learned_nothing_is_no_success(run: Path) -> None:
+    path = run / "journal.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"quorum": true', '"quorum": false'), encoding="utf-8")
+    with pytest.raises(MetariskError, match="all 2 rounds missed the quorum"):
+        _conclude(RunStatus("finished", "completed", ""), run, Path("consortium"), as_json=True)
+
+
+def test_what_the_banks_histograms_say_is_told(run: Path) -> None:
+    path = run / "journal.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records[-1]["federated_metrics"] = {"auc": 0.731, "auc_noise_std": 0.004, "admitted": ["A", "B"]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    (line,) = federated_metrics(overview(run, None))
+    assert "0.731" in line
+    assert "2 banks" in line

@@ -223,6 +223,10 @@ class Consortium:
         except MetariskError:
             return set()
 
+    def wait_for(self, what: Callable[[], Any], seconds: float, saying: str) -> None:
+        """Wait until something is true."""
+        wait_for(what, seconds, saying)
+
     def wait_online(self, *names: str) -> None:
         wait_for(lambda: set(names) <= self.online(), START_SECONDS, f"{names} online")
 
@@ -302,6 +306,11 @@ class Consortium:
 
     def spawn(self, name: str, *command: object) -> Daemon:
         """Start another program, which ends with all else; its log is NAME.log."""
+        self.daemons[name] = Daemon(self.root / f"{name}.log", self.environment, *command)
+        return self.daemons[name]
+
+    def start_program(self, name: str, *command: object) -> Daemon:
+        """Start a program in the place of a bank's daemon."""
         self.daemons[name] = Daemon(self.root / f"{name}.log", self.environment, *command)
         return self.daemons[name]
 
