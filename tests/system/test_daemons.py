@@ -95,7 +95,9 @@ def test_a_bank_whose_noise_is_seeded_does_not_serve(consortium: Any, bank: Path
     shutil.copytree(bank, folder, ignore=shutil.ignore_patterns("home", "*.lock"))
     edited("[metrics]", "[simulation]\nseed = 1\n[metrics]")(folder)
     command = [BIN / "metarisk-client", "up", folder]
-    done = subprocess.run([*map(str, command)], env=consortium.environment, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*map(str, command)], env=consortium.environment, check=False, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode in {1, 2}
     assert "seeds the noise" in done.stderr
     assert "Traceback" not in done.stderr

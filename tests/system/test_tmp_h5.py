@@ -96,7 +96,6 @@ def is_whole(
     return check
 
 
-
 def test_experiment(consortium: Any, plan: Plan, is_whole: Callable[[str], None]) -> None:
     run = consortium.start_run(plan)
     consortium.wait_round(run, 2)
@@ -104,8 +103,10 @@ def test_experiment(consortium: Any, plan: Plan, is_whole: Callable[[str], None]
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
     import time
+
     t0 = time.monotonic()
-    while time.monotonic() - t0 < 20: time.sleep(1)
+    while time.monotonic() - t0 < 20:
+        time.sleep(1)
     print("JOURNAL", len(consortium.journal(run)))
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
     print("CHILD", consortium.up.child("server.hub"), pid)
