@@ -28,7 +28,7 @@ demo: $(installed) ## train on real loans under differential privacy, and judge 
 test: $(installed) ## run the tests; make test ARGS='-k ledger' runs some of them
 	@$(bin)/pytest -n 2 --dist loadfile $(ARGS)
 
-soak: $(installed) ## twenty banks for twenty rounds: no reply lost, and the server does not grow
+soak: $(installed) ## the tests that take minutes: twenty banks for twenty rounds, a hub whose disk is full
 	@$(bin)/pytest -m soak $(ARGS)
 
 lint: $(installed) ## check style, types and the rules of imports

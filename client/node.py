@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,21 @@ def arguments(institution: Institution, port: int) -> list[str]:
     ]  # fmt: skip
 
 
+def end_with_any_thread() -> None:
+    """Have this process end, in good order, when one of its threads fails; the daemon starts another.
+
+    Flower's thread that tells the hub that the node is there ends for ever at one answer that it does not expect, as
+    from a hub whose disk is full. The node would go on, and be taken for offline.
+    """
+    said = threading.excepthook
+
+    def end(caught: threading.ExceptHookArgs) -> None:
+        said(caught)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.excepthook = end
+
+
 def serve(institution: Institution, port: int) -> None:
     """Run the SuperNode until it is drained or a signal ends it."""
     patience = Patience(time.monotonic, time.sleep, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -95,6 +111,7 @@ def serve(institution: Institution, port: int) -> None:
         patience.draining = True
 
     signal.signal(signal.SIGUSR1, drain)
+    end_with_any_thread()
     # Of every message Flower says four lines, one of them empty; what the bank did with it, its worker says.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     # Flower starts a server with uvicorn's own logging, which would write lines of another kind between these.

@@ -68,7 +68,12 @@ def _play(server: Server, token: str) -> int:
             failure = f"the program failed: {type(error).__name__}; its log says where"
             log.exception("the run failed")
         log.log(logging.INFO if failure is None else logging.ERROR, "run ended: %s", failure or "completed")
-        task.finish(failure)
+        try:
+            task.finish(failure)
+        except httpx.HTTPError as error:
+            # The daemon tells the hub again, until it is heard.
+            log.error("the hub did not take that in: %s", type(error).__name__)  # noqa: TRY400 - the name says it all
+            return 1
     return 0 if failure is None else 1
 
 

@@ -1,5 +1,8 @@
 """The bank's SuperNode waits as long as is wise, drains, and is started with what the bank has decided."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,19 @@ def test_a_node_that_was_idle_anyway_leaves_at_once() -> None:
     wait(3.0)
     assert world.slept[before] == 0
     assert world.drained == 1
+
+
+def test_a_node_of_which_a_thread_has_failed_ends() -> None:
+    program = """
+import threading
+from client.node import end_with_any_thread
+end_with_any_thread()
+threading.Thread(target=lambda: 1 / 0).start()
+threading.Event().wait(60)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGTERM
+    assert "ZeroDivisionError" in ended.stderr
 
 
 @pytest.mark.parametrize(("idle", "expected"), [(0.0, 1.0), (20.0, 2.0), (1e9, 5.0)])

@@ -154,6 +154,30 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line_and_its_last_round_whole
     is_whole(run)
 
 
+@pytest.mark.soak
+def test_a_hub_whose_disk_is_full_loses_the_run_and_no_bank(
+    consortium: Any, banks: dict[str, Path], plan: Plan, assert_ledgers: Callable[..., None]
+) -> None:
+    run = consortium.start_run(plan)
+    consortium.wait_round(run, 2)
+    hub, process = consortium.up.child("server.hub"), consortium.up.child("server.run_process")
+    before = resource.prlimit(hub, resource.RLIMIT_FSIZE)
+    resource.prlimit(hub, resource.RLIMIT_FSIZE, (0, before[1]))
+    consortium.wait(lambda: not Path(f"/proc/{process}").exists(), 120, "the end of the run's process")
+    resource.prlimit(hub, resource.RLIMIT_FSIZE, before)
+    ended = consortium.wait_end(run)
+    assert (ended["state"], ended["details"]) == ("failed", "the run's process ended with code 1")
+    assert 2 <= ended["round"] < ROUNDS
+    assert consortium.up.child("server.hub") == hub
+
+    consortium.resume(run)
+    assert consortium.wait_end(run)["state"] == "completed"
+    journal = consortium.journal(run)
+    # A bank whose node the hub has failed may have missed a round, for which all three are wanted.
+    assert journal[-1]["admitted"] == list(NAMES)
+    assert_ledgers(journal, run_info(consortium, run)["run_id"], banks)
+
+
 def test_an_operators_daemon_that_is_killed_takes_its_children_along_and_a_new_one_resumes(
     consortium: Any, plan: Plan, is_whole: Callable[[str], None]
 ) -> None:
