@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from metarisk_common.errors import ConfigError
 from metarisk_common.supervise import Child, only_instance, stop_on_signals
 
 from .approval import open_ledger
@@ -46,6 +47,10 @@ def up(folder: Path) -> None:
         port = free_port()
         arguments(institution, port)
         # What is wrong with the folder is said here, before anything starts.
+        if institution.config.simulation is not None:
+            raise ConfigError(
+                f"{folder}: section [simulation] of institution.toml seeds the noise, which protects nobody"
+            )
         open_ledger(institution).close()
         if institution.config.metrics.port:
             stack.enter_context(serve_metrics(institution.folder, institution.config.metrics.port))
