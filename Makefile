@@ -28,8 +28,8 @@ demo: $(installed) ## train on real loans under differential privacy, and judge 
 test: $(installed) ## run the tests; make test ARGS='-k ledger' runs some of them
 	@$(bin)/pytest -n 2 --dist loadfile $(ARGS)
 
-soak: $(installed) ## the tests that take minutes: twenty banks for twenty rounds, a hub whose disk is full
-	@$(bin)/pytest -m soak $(ARGS)
+soak: $(installed) ## faults in real processes, and twenty banks for twenty rounds: a quarter of an hour
+	@$(bin)/pytest -m soak -rP $(ARGS)
 
 lint: $(installed) ## check style, types and the rules of imports
 	@$(bin)/ruff check .

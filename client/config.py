@@ -1,6 +1,5 @@
 """A bank's folder: `institution.toml`, its table, its ledger, and the plans that it has approved."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from metarisk_common.config import Frozen, load_toml
+from metarisk_common.config import Frozen, load_toml, toml_text
 from metarisk_common.errors import ConfigError, RefusedError
 from metarisk_common.plan import Plan, read_plan
 
@@ -134,11 +133,6 @@ class Institution:
         return self.folder / "home"
 
     @property
-    def logs(self) -> Path:
-        """JSON logs, one file a process."""
-        return self.folder / "logs"
-
-    @property
     def daemon_lock(self) -> Path:
         """Locked (flock) by the daemon for as long as it runs."""
         return self.folder / "daemon.lock"
@@ -193,10 +187,10 @@ def institution_toml(config: InstitutionConfig) -> str:
     hub = f"""
 # The consortium's hub. To change it, edit this and start `metarisk-client up` again.
 [server]
-address = {_toml_text(address)}   # host:port, reached over TLS
-ca = {_toml_text(ca)}   # the operator's certificate authority, relative to this folder
+address = {toml_text(address)}   # host:port, reached over TLS
+ca = {toml_text(ca)}   # the operator's certificate authority, relative to this folder
 # SHA-256 of app bundles that are accepted besides the installed version's own: for while versions change.
-bundles = [{", ".join(map(_toml_text, bundles))}]
+bundles = [{", ".join(map(toml_text, bundles))}]
 """
     if server is None:
         hub = re.sub(r"^(?=[^#\n])", "# ", hub, flags=re.MULTILINE)
@@ -204,10 +198,10 @@ bundles = [{", ".join(map(_toml_text, bundles))}]
 # A bank's folder, as `metarisk-client init` made it. Every key is explained; unknown keys are refused.
 
 # The bank's name, as the other parties read it: it goes with every report.
-name = {_toml_text(config.name)}
+name = {toml_text(config.name)}
 
 # The table: CSV (UTF-8, commas, a header) or Parquet. Absolute, or relative to this folder. It is only ever read here.
-data = {_toml_text(config.data)}
+data = {toml_text(config.data)}
 
 # How many records (or customers, where the plan protects those) the bank SAYS that it has. This number is public: it
 # goes with every report and sets the bank's weight. Give a rounded one that anybody may know, never the exact count.
@@ -216,8 +210,8 @@ declared_size = {config.declared_size}
 # What the ledger calls the data, by default the bank's name; and the ledger's file, relative to this folder. Folders
 # of several consortia over the same records must give the same source and the same ledger, so that all is counted.
 # A ledger keeps the source that it was made with.
-source = {_toml_text(config.source)}
-ledger = {_toml_text(config.ledger)}
+source = {toml_text(config.source)}
+ledger = {toml_text(config.ledger)}
 
 # What the risk officer has decided.
 [policy]
@@ -236,8 +230,3 @@ max_sample_rate = {policy.max_sample_rate!r}   # the largest share of records in
 [metrics]
 port = {config.metrics.port}
 """
-
-
-def _toml_text(text: str) -> str:
-    # JSON's escapes are TOML's, but for those of characters beyond 16 bits, which TOML wants as they are.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -11,9 +11,10 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from metarisk_common.errors import ConfigError, IntegrityError, MetariskError
+from metarisk_common.files import sync_folder
 
 from .chain import Row
-from .signing import head_path, key_path, load_key, make_key, sync_folder
+from .signing import head_path, key_path, load_key, make_key
 
 SCHEMA: Final = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, digest TEXT NOT NULL) STRICT",

@@ -9,7 +9,6 @@ key the bank cannot connect with it, and putting the old files back undoes all o
 import hashlib
 import os
 import re
-import stat
 import unicodedata
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
@@ -31,12 +30,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from metarisk_common.errors import ConfigError
-from metarisk_common.files import write_atomically
+from metarisk_common.files import read_private, write_atomically, write_new_private
 from metarisk_common.supervise import only_instance
 
 from .config import Institution
 
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _MOST_COMMENT: Final = 64
 
 
@@ -59,25 +57,11 @@ class PublicKey:
         return f"{SECP384R1.key_size} {self.fingerprint} {self.comment} (ECDSA)"
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a new file for the owner's eyes only, and onto the disk.
-
-    Raises:
-        FileExistsError: there is one.
-
-    """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with open(handle, "wb") as file:  # noqa: PTH123 - a handle, not a path: no one may read it even for a moment
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_pair(private_path: Path, public_path: Path, name: str) -> PublicKey:
     """Write a new pair of keys at two paths that are free; `name`, the bank's, becomes the public key's comment."""
     key = generate_private_key(SECP384R1())
     public = _public(key, name)
-    write_private(private_path, _private_bytes(key))
+    write_new_private(private_path, _private_bytes(key))
     write_atomically(public_path, public.line.encode())
     return public
 
@@ -128,7 +112,7 @@ def rotate(institution: Institution) -> PublicKey:
                     f"{before.fingerprint}, delete the earlier one, and then make a new one"
                 )
             draft.unlink(missing_ok=True)
-            write_private(draft, _private_bytes(fresh))
+            write_new_private(draft, _private_bytes(fresh))
             for path in (key, pub):
                 old_path(path).unlink(missing_ok=True)  # of a rotation that was cut short: the same key
                 os.link(path, old_path(path))
@@ -155,17 +139,11 @@ def _private_bytes(key: EllipticCurvePrivateKey) -> bytes:
 
 
 def _load(path: Path) -> EllipticCurvePrivateKey:
-    try:
-        mode, content = path.stat().st_mode, path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such file; restore the node's key from its backup, or make a bank's folder with: "
-            "metarisk-client init FOLDER"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{path}: the node's private key cannot be read: {error.strerror}") from None
-    if mode & _OTHERS:
-        raise ConfigError(f"{path}: the node's private key is open to others; make it yours alone: chmod 600")
+    missing = ConfigError(
+        f"{path}: there is no such file; restore the node's key from its backup, or make a bank's folder with: "
+        "metarisk-client init FOLDER"
+    )
+    content = read_private(path, "the node's private key", missing)
     try:
         key = load_ssh_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError
-from metarisk_common.files import write_atomically
+from metarisk_common.files import sync_folder, write_atomically, write_new_private
 from metarisk_common.supervise import try_lock
 
 from .approval import open_ledger
@@ -34,8 +34,7 @@ from .config import (
     load_institution,
 )
 from .dataset import read_table
-from .node_key import PublicKey, write_pair, write_private
-from .signing import sync_folder
+from .node_key import PublicKey, write_pair
 
 _SECRET_BYTES: Final = 32
 _LARGEST_DELTA: Final = Decimal("0.009")  # The configuration takes less than a hundredth.
@@ -274,13 +273,13 @@ def _draft(place: Path) -> Iterator[Path]:
 
 def _write(draft: Path, config: InstitutionConfig, answers: Answers) -> tuple[PublicKey, str]:
     institution = Institution(draft, config)
-    write_private(draft / CONFIG_FILE, institution_toml(config).encode())
+    write_new_private(draft / CONFIG_FILE, institution_toml(config).encode())
     write_atomically(draft / ".gitignore", _IGNORED.encode())
     public = write_pair(institution.node_key, institution.node_public_key, config.name)
-    write_private(institution.superexec_secret, secrets.token_hex(_SECRET_BYTES).encode())
+    write_new_private(institution.superexec_secret, secrets.token_hex(_SECRET_BYTES).encode())
     if answers.ca is not None:
         write_atomically(draft / CA_FILE, answers.ca)
-    for path in (draft / APPROVED_FOLDER, institution.home, institution.logs):
+    for path in (draft / APPROVED_FOLDER, institution.home):
         path.mkdir(mode=0o700)
     with open_ledger(institution) as ledger:
         fingerprint = ledger.fingerprint

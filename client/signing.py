@@ -7,7 +7,6 @@ the head file: a ledger that lacks that very entry lost its end, or is an older 
 
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,11 +25,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from metarisk_common.errors import ConfigError, IntegrityError, MetariskError
+from metarisk_common.files import read_private, sync_folder, write_new_private
 
 FORMAT: Final = "metarisk ledger 2"
 """What the first entry of every ledger says that it is."""
 
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _NO_KEY: Final = "restore the key from its backup; without it the ledger can be read, but nothing more be recorded"
 
 
@@ -94,7 +93,7 @@ def _signed_text(source: str, seq: int, digest: str) -> bytes:
 def make_key(path: Path) -> None:
     """Write a new key at a path that is free, for the owner's eyes only, and onto the disk."""
     pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    _write(path, pem, os.O_EXCL)
+    write_new_private(path, pem)
 
 
 def load_key(path: Path, public_key: str | None = None) -> Ed25519PrivateKey:
@@ -105,14 +104,8 @@ def load_key(path: Path, public_key: str | None = None) -> Ed25519PrivateKey:
         IntegrityError: it is missing, damaged, or the key of another ledger.
 
     """
-    try:
-        mode, content = path.stat().st_mode, path.read_bytes()
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: the ledger's private key is missing; {_NO_KEY}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: the ledger's private key cannot be read: {error.strerror}") from None
-    if mode & _OTHERS:
-        raise ConfigError(f"{path}: the ledger's private key is open to others; make it yours alone: chmod 600")
+    missing = IntegrityError(f"{path}: the ledger's private key is missing; {_NO_KEY}")
+    content = read_private(path, "the ledger's private key", missing)
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -168,20 +161,11 @@ def write_head(path: Path, head: Head) -> None:
     draft = path.with_name(f"{path.name}.new")
     with _telling(path):
         is_new = not path.exists()
-        _write(draft, f"{json.dumps(fields)}\n".encode(), os.O_TRUNC)
+        _write(draft, f"{json.dumps(fields)}\n".encode())
         draft.replace(path)
         # A renaming that is lost with the power leaves an older head, which is no harm; no head at all would be.
         if is_new:
             sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -195,8 +179,8 @@ def _telling(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _write(path: Path, content: bytes, flag: int) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flag, 0o600)
+def _write(path: Path, content: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_TRUNC, 0o600)
     with open(handle, "wb") as file:  # noqa: PTH123 - a handle, not a path: no one may read it even for a moment
         file.write(content)
         file.flush()

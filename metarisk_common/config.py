@@ -1,6 +1,7 @@
 """From TOML to frozen models: unknown keys are refused, and every message names the file, the key and the way out."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,12 @@ def validate(values: object, model: type[Model], *, where: str) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error, model, values)}") from None
+
+
+def toml_text(text: str) -> str:
+    """Write a text as TOML does, in quotes, whatever characters it holds."""
+    # JSON's escapes are TOML's, but for those of characters beyond 16 bits, which TOML wants as they are.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def explain(error: ValidationError, model: type[BaseModel], values: object) -> str:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SubStatus
@@ -78,11 +78,28 @@ def run_supernode(arguments: Sequence[str], sleep: Callable[[float], None]) -> N
     """
     import flwr.supernode.start_client_internal as loop  # noqa: PLC0415 - for this process alone
     from flwr.supernode.cli import flower_supernode  # noqa: PLC0415
+    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState  # noqa: PLC0415
 
     _look_again_soon(loop, "pull_objects")
+    _keep_durations_here(InMemoryNodeState)
     vars(loop)["time"] = types.SimpleNamespace(sleep=sleep)
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
+
+
+def _keep_durations_here(state: type[Any]) -> None:
+    """Have a node tell the hub 0 for how long an answer took.
+
+    Flower sends the duration with every reply, to the microsecond. It grows with the number of records, and is on no
+    allow-list.
+    """
+    measure = state.get_message_processing_duration
+
+    def none(self: Any, message_id: str) -> float:  # noqa: ANN401 - Flower's state, which does not publish its type
+        measure(self, message_id)  # It also forgets durations that nobody asked for.
+        return 0.0
+
+    state.get_message_processing_duration = none
 
 
 class TaskSource:
@@ -181,7 +198,13 @@ class ClientTask:
         self._client.close()
 
     def answer(self, reply: Message) -> None:
-        """Hand the reply to the SuperNode and end the task."""
+        """Hand the reply to the SuperNode and end the task.
+
+        Flower stamps a reply with the bank's clock, and with what is left of the order's time: both say to the
+        microsecond how long the answer took. A reply carries the order's own stamps instead, and expires with it.
+        """
+        reply.metadata.created_at = self.message.metadata.created_at
+        reply.metadata.ttl = self.message.metadata.ttl
         push_message(self._client, reply, self.context)
         push_task_output(self._client, self.context, SubStatus.COMPLETED, "")
 

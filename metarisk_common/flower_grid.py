@@ -45,19 +45,20 @@ class SteadyGrid(HttpGrid):
         self._awaited: set[str] = set()
         self._announced: dict[str, _Announced] = {}
         self._quiet: set[str] = set()  # Those that the last question to the hub did not find, until they are asked for.
-        self._pulled = False
+        self._group = ""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send orders; once replies were looked for, those to earlier orders are no longer waited for."""
-        if self._pulled:
-            self._awaited, self._announced, self._quiet, self._pulled = set(), {}, set(), False
-        ids = list(super().push_messages(messages))
+        """Send orders; with the first of another group (a round), replies to earlier ones are no longer waited for."""
+        orders = list(messages)
+        if orders and orders[0].metadata.group_id != self._group:
+            self._group = orders[0].metadata.group_id
+            self._awaited, self._announced, self._quiet = set(), {}, set()
+        ids = list(super().push_messages(orders))
         self._awaited.update(filter(None, ids))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Give the replies to messages, as far as they are here whole; it never waits."""
-        self._pulled = True
         replies = map(self._reply_to, message_ids)
         return [reply for reply in replies if reply is not None]
 

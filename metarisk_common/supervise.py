@@ -21,6 +21,10 @@ STEADY_SECONDS = 60.0
 """A child that lived this long has started well: its next failure is waited for anew."""
 
 
+_LOOKS, _LOOK_SECONDS = 4, 0.05
+_BRIEFLY = threading.Event()  # Never set: waiting for it is a pause.
+
+
 @dataclass
 class Child:
     """A process to be kept alive. `tend` it often; it never blocks.
@@ -134,7 +138,8 @@ def only_instance(path: Path, refusal: str) -> Iterator[None]:
 
     """
     with path.open("a") as stream:
-        if not try_lock(stream.fileno()):
+        # Whoever only looks whether it is held, holds it for that moment: so try more than once.
+        if not any(try_lock(stream.fileno()) or _BRIEFLY.wait(_LOOK_SECONDS) for _ in range(_LOOKS)):
             raise MetariskError(refusal)
         yield
 

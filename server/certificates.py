@@ -29,11 +29,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from metarisk_common.errors import ConfigError, IntegrityError
+from metarisk_common.files import read_private
 
 from .config import ServerFolder
 from .host_names import general_names
 from .joint_files import replace_together
-from .private_files import locked, private_folder, read_private, read_public, write_private
+from .private_files import locked, private_folder, read_public, write_private
 
 AUTHORITY_VALIDITY: Final = timedelta(days=3652)
 CERTIFICATE_VALIDITY: Final = timedelta(days=397)
@@ -319,7 +320,9 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _read_key(path: Path, missing: str) -> ec.EllipticCurvePrivateKey:
     try:
-        key = load_pem_private_key(read_private(path, missing), password=None)
+        key = load_pem_private_key(
+            read_private(path, "the key", ConfigError(f"{path}: is not here; {missing}")), password=None
+        )
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):

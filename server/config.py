@@ -104,11 +104,6 @@ class ServerFolder:
         return self.path / "home"
 
     @property
-    def logs(self) -> Path:
-        """JSON logs, one file a process."""
-        return self.path / "logs"
-
-    @property
     def runs(self) -> Path:
         """One folder a run."""
         return self.path / "runs"

@@ -36,7 +36,7 @@ HEALTH_PATH: Final = "/health"
 LARGEST_REQUEST: Final = 32 * 2**20
 """Bytes. Flower cuts arrays into pieces of 5 MB; no request of a node is near this."""
 
-_GRACE_SECONDS = 5
+_GRACE_SECONDS = 1
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -10,7 +10,9 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Final
 
-from .private_files import private_folder, sync_folder, write_private
+from metarisk_common.files import sync_folder
+
+from .private_files import private_folder, write_private
 
 _CURRENT: Final = "current"
 _VERSION: Final = "version-"

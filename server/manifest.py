@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from safetensors.numpy import save
 
 from metarisk_common.errors import ConfigError, IntegrityError
-from metarisk_common.files import write_atomically
+from metarisk_common.files import read_private, sync_folder, write_atomically
 from metarisk_common.manifest import (
     JOURNAL_FILE,
     MANIFEST_FILE,
@@ -40,7 +40,6 @@ from .app import is_not_private
 from .checkpoint import load_checkpoint
 from .config import Server
 from .journal import read_journal
-from .private_files import read_private, sync_folder
 from .rounds import CHECKPOINT, JOURNAL
 from .state import ServerState
 
@@ -162,8 +161,9 @@ def _records(run: Path, finished: _Finished) -> list[dict[str, Any]]:
 
 
 def _signing_key(path: Path) -> Ed25519PrivateKey:
+    missing = ConfigError(f"{path}: is not here; restore it from its backup")
     try:
-        key = load_pem_private_key(read_private(path, "restore it from its backup"), password=None)
+        key = load_pem_private_key(read_private(path, "the signing key", missing), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):

@@ -5,8 +5,9 @@ every reply at once; this loop does the first two and not the third.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import Message, MessageType
@@ -28,6 +29,9 @@ _SHORTEST_POLL_SECONDS = 0.02
 _LONGEST_POLL_SECONDS = 0.25
 _SHARE_OF_WAIT = 0.1
 _GATHER_SECONDS = 0.5
+_TIMES_ASKED = 3
+_LOST_ON_THE_WAY = frozenset({3, 4, 5, 8})
+"""Flower's codes for a message that is gone, a reply that is gone, a node that died, a worker that died."""
 
 Members = Callable[[], Mapping[int, str]]
 """Tells which nodes may take part and are online, by id, with the institution that each is."""
@@ -119,37 +123,76 @@ def stream_replies(
     deadline_seconds: float,
     ledgers: Mapping[str, tuple[int, str]],
 ) -> Iterator[tuple[int, Message]]:
-    """Push an order to every node and yield replies one at a time, until all are in or the deadline has passed.
+    """Push an order to every node and yield one reply of each, one at a time, until all are in or time is up.
 
-    Each node's order echoes what `ledgers` says was last heard of its bank's ledger.
+    Each node's order echoes what `ledgers` says was last heard of its bank's ledger. An order or its reply may be lost
+    on the way, with a process that is killed: it is sent again after a third and two thirds of the time, and where
+    Flower says that it was lost. A bank answers the same order with the very same report, and pays once.
 
     Yields:
         The node that was asked, which need not be the one that a failure's message says it is from; and its reply.
 
     """
-    end = time.monotonic() + deadline_seconds
-    waiting = {}
-    kind = MessageType.EVALUATE if isinstance(order, EvaluateOrder) else MessageType.TRAIN
+    start = heard = time.monotonic()
+    asked = _Asked(grid, order, cohort, ledgers, start + deadline_seconds)
     for node_id in sorted(cohort, key=lambda node: (cohort[node], node)):
+        asked.ask(node_id)
+    while asked.waiting:
+        before = len(asked.waiting)
+        for message_id in tuple(asked.waiting):
+            # One id a call, so that at most one reply's arrays are in memory.
+            for reply in grid.pull_messages([message_id]) if message_id in asked.waiting else ():
+                answering = asked.take(message_id, reply)
+                if answering is not None:
+                    yield answering, reply
+        now = time.monotonic()
+        if now >= asked.end:
+            return
+        if len(asked.waiting) < before:
+            heard = now
+            continue
+        asked.remind(1 + int(_TIMES_ASKED * (now - start) / deadline_seconds))
+        # Each look is a request to the hub: at a tenth of the time waited, looking neither delays nor crowds it.
+        time.sleep(min(_LONGEST_POLL_SECONDS, max(_SHORTEST_POLL_SECONDS, _SHARE_OF_WAIT * (now - heard))))
+
+
+@dataclass
+class _Asked:
+    """Who was sent a round's order, how often, and under which messages' ids an answer is waited for."""
+
+    grid: Grid
+    order: TrainOrder
+    cohort: Mapping[int, str]
+    ledgers: Mapping[str, tuple[int, str]]
+    end: float
+    waiting: dict[str, int] = field(default_factory=dict, init=False)
+    times: Counter[int] = field(default_factory=Counter, init=False)
+
+    def ask(self, node_id: int) -> None:
+        """Send the order to a node, while there is time for an answer."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            return
         # Encoded anew for each node, because Flower may mutate a message it was given. One message a call, in a
         # list: Flower walks through what it is given twice, and all orders together may be too large for it.
-        counter, receipt = ledgers.get(cohort[node_id], (0, ""))
-        content = encode_order(replace(order, ledger_counter=counter, ledger_receipt=receipt))
-        message = Message(content, node_id, kind, ttl=deadline_seconds, group_id=str(order.round))
-        waiting.update(dict.fromkeys(filter(None, grid.push_messages([message])), node_id))
-    heard = time.monotonic()
-    while waiting:
-        before = len(waiting)
-        for message_id, node_id in tuple(waiting.items()):
-            # One id a call, so that at most one reply's arrays are in memory.
-            for reply in grid.pull_messages([message_id]):
-                if waiting.pop(message_id, None) is not None:
-                    yield node_id, reply
-        now = time.monotonic()
-        if now >= end:
-            return
-        if len(waiting) < before:
-            heard = now
-        else:
-            # Each look is a request a bank: at a tenth of the time waited, looking neither delays nor crowds the hub.
-            time.sleep(min(_LONGEST_POLL_SECONDS, max(_SHORTEST_POLL_SECONDS, _SHARE_OF_WAIT * (now - heard))))
+        counter, receipt = self.ledgers.get(self.cohort[node_id], (0, ""))
+        content = encode_order(replace(self.order, ledger_counter=counter, ledger_receipt=receipt))
+        kind = MessageType.EVALUATE if isinstance(self.order, EvaluateOrder) else MessageType.TRAIN
+        message = Message(content, node_id, kind, ttl=left, group_id=str(self.order.round))
+        self.waiting.update(dict.fromkeys(filter(None, self.grid.push_messages([message])), node_id))
+        self.times[node_id] += 1
+
+    def take(self, message_id: str, reply: Message) -> int | None:
+        """Take a reply in: the node that it answers for; none if it says that the order was lost and is sent again."""
+        node_id = self.waiting.pop(message_id)
+        lost = reply.has_error() and reply.error.code in _LOST_ON_THE_WAY
+        if lost and self.times[node_id] < _TIMES_ASKED and time.monotonic() < self.end:
+            self.ask(node_id)
+            return None
+        self.waiting = {other: node for other, node in self.waiting.items() if node != node_id}
+        return node_id
+
+    def remind(self, times: int) -> None:
+        """Send the order again to every node that is silent and was not sent it so often yet."""
+        for node_id in {node for node in self.waiting.values() if self.times[node] < times}:
+            self.ask(node_id)

@@ -44,6 +44,7 @@ def run(
     server = load_server(folder)
     if plan is not None:
         chosen = read_plan(plan)
+        federation.online(server)  # Nothing is laid out for a hub that does not answer.
         place = federation.prepare_run(server, chosen)
     else:
         place = named_run(resume, folder)

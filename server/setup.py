@@ -3,7 +3,6 @@
 It is made beside its place and moved there whole: a folder that exists is complete. Only its owner may read it.
 """
 
-import json
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
@@ -15,13 +14,14 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from metarisk_common.config import validate
+from metarisk_common.config import toml_text, validate
 from metarisk_common.errors import ConfigError, MetariskError
+from metarisk_common.files import sync_folder
 
 from .certificates import issue_certificate, make_authority
 from .config import ServerConfig, ServerFolder, load_server
 from .enrolment import create_list
-from .private_files import private_folder, sync_folder, write_private
+from .private_files import private_folder, write_private
 
 _SECRET_BYTES: Final = 32
 _TEXT: Final = """\
@@ -113,7 +113,7 @@ def init(
 
 
 def _lay_out(folder: ServerFolder, config: ServerConfig, now: datetime | None) -> None:
-    for place in (folder.path, folder.superexec_secret.parent, folder.home, folder.logs, folder.runs):
+    for place in (folder.path, folder.superexec_secret.parent, folder.home, folder.runs):
         private_folder(place)
     write_private(folder.config_file, _toml(config).encode())
     if load_server(folder.path).config != config:
@@ -141,15 +141,10 @@ def _check_place(path: Path) -> None:
 
 def _toml(config: ServerConfig) -> str:
     return _TEXT.format(
-        name=_quoted(config.name),
-        outside_host=_quoted(config.outside.host),
+        name=toml_text(config.name),
+        outside_host=toml_text(config.outside.host),
         outside_port=config.outside.port,
-        names=", ".join(map(_quoted, config.outside.names)),
+        names=", ".join(map(toml_text, config.outside.names)),
         inside_port=config.inside.port,
         metrics_port=config.metrics.port,
     )
-
-
-def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, but for those of characters beyond 16 bits, which TOML wants as they are.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -30,7 +30,7 @@ from client.app import FOLDER_KEY, SIMULATION_KEY
 from client.approval import approve
 from client.config import CONFIG_FILE
 from client.ledger import Ledger
-from metarisk_common.config import validate
+from metarisk_common.config import toml_text, validate
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.files import write_atomically
 from metarisk_common.plan import Plan, read_plan
@@ -263,7 +263,7 @@ def _write_bank(folder: Path, name: str, table: pl.DataFrame, scenario: Scenario
     folder.mkdir(parents=True)
     table.write_parquet(folder / "data.parquet")
     lines = [
-        f"name = {_toml_text(name)}",
+        f"name = {toml_text(name)}",
         'data = "data.parquet"',
         f"declared_size = {_size(table, plan.data)}",
         "",
@@ -281,11 +281,6 @@ def _write_bank(folder: Path, name: str, table: pl.DataFrame, scenario: Scenario
 def _size(table: pl.DataFrame, schema: Schema) -> int:
     """Count what is protected: records, or privacy units where the schema names them."""
     return table.height if schema.privacy_unit is None else table[schema.privacy_unit].n_unique()
-
-
-def _toml_text(text: str) -> str:
-    # JSON's escapes are TOML's, but for those of characters beyond 16 bits, which TOML wants as they are.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _slug(name: str) -> str:

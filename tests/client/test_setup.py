@@ -70,7 +70,7 @@ def test_a_folder_has_everything_from_the_first_day(call: Call, here: Path) -> N
     folder = here / "bank"
     assert files(folder) == {
         ".gitignore", "approved", "ca.pem", "home", "institution.toml", "ledger.head", "ledger.key", "ledger.sqlite",
-        "logs", "node.key", "node.pub", "superexec.secret",
+        "node.key", "node.pub", "superexec.secret",
     }  # fmt: skip
     assert files(here) - {f"bank/{name}" for name in files(folder)} == {"bank", "loans.csv", "operator.pem"}
     institution = load_institution(folder)
@@ -234,7 +234,7 @@ def test_only_a_certificate_that_is_still_good_is_taken(call: Call, here: Path) 
     assert (here / "bank" / "ca.pem").read_bytes() == pem
 
 
-STEPS = ("write_private", "institution_toml", "write_pair", "write_atomically", "open_ledger", "sync_folder")
+STEPS = ("write_new_private", "institution_toml", "write_pair", "write_atomically", "open_ledger", "sync_folder")
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_old_list(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("server.private_files.os.fsync", full)
+    monkeypatch.setattr("metarisk_common.files.os.fsync", full)
     with pytest.raises(MetariskError, match="No space left") as caught:
         enroll(folder, "Bank B", key_b, NOW)
     assert str(folder.path) in str(caught.value)

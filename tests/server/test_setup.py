@@ -37,7 +37,7 @@ def test_everything_that_the_layout_names_is_there(folder: ServerFolder) -> None
     for path in (folder.config_file, folder.ca_certificate, folder.ca_key, folder.certificate, folder.certificate_key,
                  folder.superexec_secret, folder.signing_key, folder.signing_public_key, folder.enrolment):  # fmt: skip
         assert path.is_file(), path
-    for path in (folder.home, folder.logs, folder.runs):
+    for path in (folder.home, folder.runs):
         assert path.is_dir(), path
     assert not folder.database.exists()
     assert history(folder) == ()

@@ -119,6 +119,7 @@ class Daemon:
 
     def __init__(self, log: Path, environment: Mapping[str, str], *command: object) -> None:
         self.log = log
+        self.leaves_behind: dict[str, int] = {}
         with log.open("ab") as stream:
             self.process = subprocess.Popen([*map(str, command)], env=dict(environment), stderr=stream, stdout=stream)
 
@@ -151,7 +152,7 @@ class Daemon:
     def end(self, number: signal.Signals = signal.SIGTERM, seconds: float = 60.0) -> int:
         """End it with its children, and give its exit code."""
         if self.process.poll() is None:
-            orphans = children_of(self.pid)
+            orphans = self.leaves_behind | children_of(self.pid)
             self.process.send_signal(number)
             try:
                 self.process.wait(seconds)
@@ -222,10 +223,6 @@ class Consortium:
             return {name for name, here in federation.online(load_server(self.folder)).items() if here}
         except MetariskError:
             return set()
-
-    def wait_for(self, what: Callable[[], Any], seconds: float, saying: str) -> None:
-        """Wait until something is true."""
-        wait_for(what, seconds, saying)
 
     def wait_online(self, *names: str) -> None:
         wait_for(lambda: set(names) <= self.online(), START_SECONDS, f"{names} online")
@@ -304,11 +301,6 @@ class Consortium:
         self.daemons[folder.name] = Daemon(log, self.environment, BIN / "metarisk-client", "up", folder)
         return self.daemons[folder.name]
 
-    def spawn(self, name: str, *command: object) -> Daemon:
-        """Start another program, which ends with all else; its log is NAME.log."""
-        self.daemons[name] = Daemon(self.root / f"{name}.log", self.environment, *command)
-        return self.daemons[name]
-
     def start_program(self, name: str, *command: object) -> Daemon:
         """Start a program in the place of a bank's daemon."""
         self.daemons[name] = Daemon(self.root / f"{name}.log", self.environment, *command)
@@ -327,7 +319,11 @@ class Consortium:
             return [charge for charge in charges_of(ledger.entries()) if charge.key.run_id == run_id]
 
     def close(self) -> None:
-        """End everything, the banks first."""
+        """End everything, the banks first and all at once: each takes its time to drain."""
+        for bank in self.daemons.values():
+            bank.leaves_behind |= children_of(bank.pid)
+            if bank.process.poll() is None:
+                bank.process.send_signal(signal.SIGTERM)
         with ExitStack() as stack:
             stack.callback(self.cleanup.close)
             for daemon in (self.hub, *self.daemons.values()):

@@ -18,6 +18,9 @@ ROUNDS, ROUNDS_AFTER = 5, 3
 CUT_SECONDS = 60.0
 
 
+pytestmark = pytest.mark.soak
+
+
 @pytest.fixture(scope="module")
 def plan(make_scenario: Any, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """One bank is enough, and nobody waits long. Answers take a while, so that one can be caught under way."""

@@ -26,6 +26,8 @@ from server.checkpoint import load_checkpoint
 from simulations.inprocess import InProcessGrid, Node, run_apps
 from simulations.scenarios import load_scenario
 
+pytestmark = pytest.mark.soak
+
 NAMES = ("Lender A", "Lender B", "Lender C")
 POOR = "Lender D"
 ROUNDS = 6
@@ -154,7 +156,6 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line_and_its_last_round_whole
     is_whole(run)
 
 
-@pytest.mark.soak
 def test_a_hub_whose_disk_is_full_loses_the_run_and_no_bank(
     consortium: Any, banks: dict[str, Path], plan: Plan, assert_ledgers: Callable[..., None]
 ) -> None:

@@ -1,6 +1,8 @@
 """A federation of real processes comes to the very numbers of the engine in one process, and charges what it should."""
 
 import json
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +77,11 @@ def test_ten_rounds_without_noise_are_those_of_one_process(
         np.testing.assert_array_equal(value, here[name], err_msg=name)
 
 
-def test_ten_private_rounds_charge_each_bank_for_ten(
+def test_ten_private_rounds_charge_each_bank_for_ten_and_tell_no_clock(
     consortium: Any, federation: dict[str, Path], private: Plan
 ) -> None:
     run = consortium.start_run(private)
+    stamps = stamps_while_it_runs(consortium, run)
     seen = consortium.wait_end(run)
     assert (seen["state"], seen["round"]) == ("completed", ROUNDS)
     journal = consortium.journal(run)
@@ -95,3 +98,21 @@ def test_ten_private_rounds_charge_each_bank_for_ten(
         assert told["served"]
         # The run without noise before has cost everything: an infinite budget, and nothing less, allows for that.
         assert told["epsilon_spent"] is None
+
+    # Flower reports each answer's duration, which grows with the number of records: stamped on it, and summed by run.
+    assert stamps
+    assert all(reply == order for reply, order in stamps)
+    with sqlite3.connect(consortium.folder / "superlink.sqlite") as database:
+        assert set(database.execute("SELECT clientapp_runtime FROM run")) == {(0.0,)}
+
+
+def stamps_while_it_runs(consortium: Any, run: str) -> set[tuple[str, str]]:
+    """Creation time and lifetime of the replies that were seen under way, each with those of its order."""
+    stamps: set[tuple[str, str]] = set()
+    with sqlite3.connect(consortium.folder / "superlink.sqlite") as database:
+        while len(consortium.journal(run)) < ROUNDS - 1:
+            sent = dict(database.execute("SELECT message_id, created_at || ' ' || ttl FROM message_ins"))
+            answered = database.execute("SELECT reply_to_message_id, created_at || ' ' || ttl FROM message_res")
+            stamps |= {(stamp, sent[order]) for order, stamp in answered if order in sent}
+            time.sleep(0.05)
+    return stamps

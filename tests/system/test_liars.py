@@ -65,9 +65,9 @@ def banks(consortium: Any, plan: Plan, replays: Plan, make_loans: Any) -> dict[s
     consortium.start_bank(folders[HONEST])
     port, program = free_port(), Path(__file__).with_name("lying_worker.py")
     lies = json.dumps([list(VERDICTS), list(REPLAYS)])
-    consortium.spawn("liars-worker", sys.executable, program, folders[LIAR], port, lies)
+    consortium.start_program("liars-worker", sys.executable, program, folders[LIAR], port, lies)
     consortium.wait(lambda: consortium.up.saw("the hub answers"), 120, "the hub knows the allow-list")
-    consortium.spawn("liars-node", sys.executable, "-m", "client.node", folders[LIAR], port)
+    consortium.start_program("liars-node", sys.executable, "-m", "client.node", folders[LIAR], port)
     consortium.wait_online(HONEST, LIAR)
     return folders
 

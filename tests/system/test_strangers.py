@@ -109,7 +109,7 @@ def test_a_node_registered_behind_the_operators_back_is_in_no_cohort(
     consortium.approve(plan, folder)
     with hub(consortium) as control:
         number = control.register(read_public_key(folder / "node.pub"), "Lender A")
-        node = consortium.spawn("uninvited", sys.executable, "-m", "client.node", folder, free_port())
+        node = consortium.start_program("uninvited", sys.executable, "-m", "client.node", folder, free_port())
         consortium.wait(
             lambda: any(node.node_id == number and node.status == "online" for node in control.nodes()),
             120,
@@ -131,8 +131,8 @@ def test_flowers_own_node_without_a_key_gets_nowhere(consortium: Any, banks: dic
     command += ["--max-retries", 3, "--host", "127.0.0.1", "--port"]
     consortium.environment |= {"FLWR_HOME": str(tmp_path)}
     ca = consortium.folder / "certificates" / "ca.pem"
-    keyless = consortium.spawn("keyless", *command, free_port(), "--root-certificates", ca)
-    insecure = consortium.spawn("insecure", *command, free_port(), "--insecure")
+    keyless = consortium.start_program("keyless", *command, free_port(), "--root-certificates", ca)
+    insecure = consortium.start_program("insecure", *command, free_port(), "--insecure")
     known = nodes(consortium)
     for node in (keyless, insecure):
         consortium.wait(lambda node=node: node.process.poll() is not None, 120, f"{node.log.stem} gives up")
@@ -147,7 +147,7 @@ def test_a_bank_with_another_consortiums_certificate_does_not_talk_to_the_hub(
     folder = consortium.make_bank("Lender D", make_loans(lenders=1))
     consortium.server("init", tmp_path / "other", "--name", "other", "--host", "127.0.0.1")
     (folder / "ca.pem").write_bytes((tmp_path / "other" / "certificates" / "ca.pem").read_bytes())
-    node = consortium.spawn("wrong-ca", sys.executable, "-m", "client.node", folder, free_port())
+    node = consortium.start_program("wrong-ca", sys.executable, "-m", "client.node", folder, free_port())
     consortium.wait(lambda: node.process.poll() is not None, 120, "the bank's node ends; its daemon would try it again")
     assert node.process.returncode != 0
     assert node.saw("SSL/TLS handshake error")
