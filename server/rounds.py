@@ -183,10 +183,15 @@ class _Asked:
         self.times[node_id] += 1
 
     def take(self, message_id: str, reply: Message) -> int | None:
-        """Take a reply in: the node that it answers for; none if it says that the order was lost and is sent again."""
+        """Take a reply in: the node that it answers for; none if it says that the order was lost and is sent again.
+
+        None, too, if the time is up: an order ends with the round, and that it is gone then says only that its bank was
+        silent.
+        """
         node_id = self.waiting.pop(message_id)
         lost = reply.has_error() and reply.error.code in _LOST_ON_THE_WAY
-        if lost and self.times[node_id] < _TIMES_ASKED and time.monotonic() < self.end:
+        late = time.monotonic() >= self.end
+        if lost and (late or self.times[node_id] < _TIMES_ASKED):
             self.ask(node_id)
             return None
         self.waiting = {other: node for other, node in self.waiting.items() if node != node_id}

@@ -1,5 +1,6 @@
 """What is lost on the way is sent again within the round; a bank is asked the same, and counts once."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,6 +69,29 @@ def test_a_bank_that_is_gone_is_asked_three_times_and_named(fed: Any, tmp_path: 
     play_round(fed.start(), fed.plan, grid, tmp_path)
     assert sent["Bank 3"] == 3
     assert record(tmp_path)["rejected"] == {"Bank 3": "flower-error-5"}
+
+
+def test_an_order_that_ends_with_its_round_unanswered_was_not_lost(fed: Any, tmp_path: Path) -> None:
+    """Flower says of an order whose time is over, as of a lost one, that it is gone: its bank was silent."""
+    grid = fed.grid()
+    sent = losing(grid, "Bank 3", 99, None)
+    pull, end = grid.pull_messages, time.monotonic() + fed.plan.outer.deadline_seconds
+    waiting: dict[str, Message] = grid._waiting
+
+    def pull_with_the_end_of_each_order(message_ids: Iterable[str]) -> list[Message]:
+        (message_id,) = message_ids
+        while 0 < end - time.monotonic() < 0.2:
+            time.sleep(0.05)
+        found = list(pull([message_id]))
+        if found or time.monotonic() < end:
+            return found
+        return [Message(Error(3, "gone"), reply_to=waiting[message_id])]
+
+    grid.pull_messages = pull_with_the_end_of_each_order
+    play_round(fed.start(), fed.plan, grid, tmp_path)
+    assert sent["Bank 3"] == 3
+    found = record(tmp_path)
+    assert (found["absent"], found["rejected"]) == (["Bank 3"], {})
 
 
 @pytest.mark.parametrize("code", [1, 2, 6, 7])
