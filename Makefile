@@ -15,7 +15,7 @@ installed := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test soak lint format bench lock clean
+.PHONY: help install demo test soak verify lint format bench lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -26,10 +26,13 @@ demo: $(installed) ## train on real loans under differential privacy, and judge 
 	@$(bin)/metarisk-simulate demo
 
 test: $(installed) ## run the tests; make test ARGS='-k ledger' runs some of them
-	@$(bin)/pytest -n 2 --dist loadfile $(ARGS)
+	@$(bin)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(installed) ## faults in real processes, and twenty banks for twenty rounds: a quarter of an hour
 	@$(bin)/pytest -m soak -rP $(ARGS)
+
+verify: $(installed) ## learn the published sinusoids and hold the errors to the known ones
+	@$(bin)/metarisk-simulate verify
 
 lint: $(installed) ## check style, types and the rules of imports
 	@$(bin)/ruff check .

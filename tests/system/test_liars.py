@@ -47,7 +47,7 @@ def plan(make_scenario: Any, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 @pytest.fixture(scope="module")
 def replays(plan: Plan) -> Plan:
     """A plan whose last round nobody will wait for in vain for long, and long enough for the honest bank."""
-    outer = plan.outer.model_copy(update={"rounds": len(REPLAYS), "deadline_seconds": 30.0})
+    outer = plan.outer.model_copy(update={"rounds": len(REPLAYS), "deadline_seconds": 12.0})
     return plan.model_copy(update={"outer": outer, "name": "replays"})
 
 
