@@ -14,7 +14,7 @@ import polars as pl
 
 from metarisk_common.errors import DataError, RefusedError
 from metarisk_common.features import ColumnCounts, Encoder
-from metarisk_common.initialisation import param_shapes
+from metarisk_common.initialisation import meta_shapes
 from metarisk_common.plan import Plan
 from metarisk_common.schema import NumericColumn, Schema
 from metarisk_common.table import check_identifiers, check_table, check_two_classes, usable_rows
@@ -159,7 +159,7 @@ def check_cost(institution: Institution, plan: Plan) -> PlanCheck:
         refusal = ""
     except RefusedError as error:
         refusal = str(error)
-    size = sum(math.prod(shape) for shape in param_shapes(plan.model, Encoder(plan.data).width).values())
+    size = sum(math.prod(shape) for shape in meta_shapes(plan, Encoder(plan.data).width).values())
     words = describe(plan, cost, size=size, terms=standing or Terms(), standing=standing)
     return PlanCheck(cost, standing, refusal, words.warnings)
 

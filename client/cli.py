@@ -18,10 +18,10 @@ from rich.table import Table
 from metarisk_common.commands import run_app, show_version
 from metarisk_common.errors import ConfigError
 from metarisk_common.features import Encoder
-from metarisk_common.initialisation import param_shapes
+from metarisk_common.initialisation import meta_shapes
 from metarisk_common.plan import read_plan
 
-from . import approval, ledger_cli, run_cli, setup_cli
+from . import approval, ledger_cli, model_cli, run_cli, setup_cli
 from .charges import charges_of
 from .checking import plan_cost
 from .config import Institution, load_institution
@@ -53,6 +53,15 @@ app.command(epilog="Example: metarisk-client budget banks/first --epsilon 4")(se
 app.command(epilog="Example: metarisk-client up banks/first")(run_cli.up)
 app.command(epilog="Example: metarisk-client status banks/first")(run_cli.status)
 app.command(epilog="Example: metarisk-client verify loans-001 --key signing.pub")(run_cli.verify)
+app.command(epilog="Example: metarisk-client adapt loans-001 --key signing.pub --folder first-bank --k 200")(
+    model_cli.adapt
+)
+app.command(epilog="Example: metarisk-client score first-bank/models/loans-001 new.csv --out scores.csv --id number")(
+    model_cli.score
+)
+app.command(epilog="Example: metarisk-client explain first-bank/models/loans-001 new.csv --row 17 --html row-17.html")(
+    model_cli.explain
+)
 
 
 @app.command(epilog="Example: metarisk-client approve plan.json --epsilon 2 --until 2027-06-30")
@@ -73,7 +82,7 @@ def approve(
     institution, chosen = load_institution(folder), read_plan(plan)
     check_plan(chosen, institution.config)
     cost, standing = plan_cost(institution, chosen, epsilon)
-    size = sum(math.prod(shape) for shape in param_shapes(chosen.model, Encoder(chosen.data).width).values())
+    size = sum(math.prod(shape) for shape in meta_shapes(chosen, Encoder(chosen.data).width).values())
     terms = Terms(epsilon, None if until_seconds is None else until_text(until_seconds))
     words = describe(chosen, cost, size=size, terms=terms, standing=standing)
     if not as_json:

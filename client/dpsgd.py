@@ -36,6 +36,9 @@ from .layers import Stage, stages_of
 from .mechanism import RecordLoss, Records, check_names, check_size, checked_losses
 from .rng import SecureRandom
 
+SummedGradient = Callable[[Params, Tensor, Tensor], Params]
+"""`gradient(params, x, y)` of the summed loss of some records."""
+
 Engine = Literal["auto", "closed-form", "opacus"]
 """`auto`: the closed form where it can be proved right, else Opacus."""
 
@@ -161,11 +164,46 @@ def plain_gradient(model: torch.nn.Module, loss: RecordLoss) -> GradFn:
     return grad_fn
 
 
+def differentiable_gradient(
+    model: torch.nn.Module, loss: RecordLoss, *, sample_rate: float, expected_batch_size: float, rng: SecureRandom
+) -> GradFn:
+    """Build a gradient function that `torch.func` can differentiate by the parameters: for MAML, **not private**.
+
+    It gives what `private_gradient` gives without `max_grad_norm`: the gradient on sampled records over the constant.
+
+    Args:
+        model: gives outputs (rows, ...) from inputs (rows, features); copied, never changed.
+        loss: per-record losses, twice differentiable.
+        sample_rate: public.
+        expected_batch_size: public, as in `private_gradient`.
+        rng: where sampling comes from.
+
+    Raises:
+        ValueError: as from `private_gradient`.
+
+    """
+    check_size(expected_batch_size)
+    copy = deepcopy(model).train()
+    names = _names(copy)
+
+    def total(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return checked_losses(loss, torch.func.functional_call(copy, params, (x,)), y).sum()
+
+    def gradient(params: Params, x: Tensor, y: Tensor) -> Params:
+        check_names(params, names)
+        found: Params = torch.func.grad(total)(params, x, y)
+        return found
+
+    return _sampled(gradient, sample_rate, expected_batch_size, rng)
+
+
 def _sampled_gradient(
     model: torch.nn.Module, loss: RecordLoss, sample_rate: float, expected_batch_size: float, rng: SecureRandom
 ) -> GradFn:
-    gradient = _summed_gradient(model, loss)
+    return _sampled(_summed_gradient(model, loss), sample_rate, expected_batch_size, rng)
 
+
+def _sampled(gradient: SummedGradient, sample_rate: float, expected_batch_size: float, rng: SecureRandom) -> GradFn:
     def grad_fn(params: Params, task: Records) -> Params:
         batch = acts.poisson_batch(task, sample_rate, rng)
         return {name: value / expected_batch_size for name, value in gradient(params, batch.x, batch.y).items()}
@@ -173,7 +211,7 @@ def _sampled_gradient(
     return grad_fn
 
 
-def _summed_gradient(model: torch.nn.Module, loss: RecordLoss) -> Callable[[Params, Tensor, Tensor], Params]:
+def _summed_gradient(model: torch.nn.Module, loss: RecordLoss) -> SummedGradient:
     copy = deepcopy(model).train()
     names = _names(copy)
 

@@ -246,6 +246,11 @@ def _schedule(plan: Plan) -> str:
     text = (
         f"{_counted(rounds, 'round')} of {_counted(steps, 'step')} each, {plan.total_steps:,} in all; in each {share}."
     )
+    if plan.inner.by_episode:
+        text += (
+            f" They see about half of the records; the others judge their result, in one step more. A public rule "
+            f"says which, of each {whole} by what it holds alone and for good, so none is used for both."
+        )
     asked = _asked(plan, rounds)
     return f"{text} Score histograms are asked for {_counted(asked, 'time')}." if asked else text
 

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from metarisk_common.errors import RefusedError
-from metarisk_common.initialisation import param_shapes
+from metarisk_common.initialisation import meta_shapes
 from metarisk_common.plan import Plan
 from metarisk_common.privacy import PrivacyEvent
 from metarisk_common.wire import EvaluateOrder, TrainOrder
@@ -86,7 +86,7 @@ def admit(order: TrainOrder, plan: Plan, config: InstitutionConfig, *, width: in
 
 
 def _check_params(order: TrainOrder, plan: Plan, width: int) -> None:
-    shapes = param_shapes(plan.model, width)
+    shapes = meta_shapes(plan, width)
     if {name: tuple(value.shape) for name, value in order.meta_params.items()} != shapes:
         raise RefusedError("the order's parameters are not shaped as the plan's model", code="shape")
     for value in order.meta_params.values():

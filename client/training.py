@@ -8,10 +8,11 @@ from metarisk_common.algorithms import ALGORITHMS
 from metarisk_common.models import DTYPES, build, record_losses, to_arrays, to_tensors
 from metarisk_common.params import Params
 from metarisk_common.plan import Plan
-from metarisk_common.tasks import Task, tasks_of
+from metarisk_common.tasks import Episode, Task, tasks_of
 
 from .dataset import Dataset
-from .dpsgd import private_gradients
+from .dpsgd import differentiable_gradient, private_gradients
+from .episodes import episode_of
 from .rng import SecureRandom
 
 
@@ -33,10 +34,16 @@ def meta_update(
 ) -> Params:
     """Run the plan's algorithm with private gradients.
 
-    Released is a sequence of `local_steps` Gaussian mechanisms, each of which `dpsgd` describes; everything
-    after them (the steps, their difference, the mean over tasks) is post-processing. A record is in one task
-    at most, so over tasks the mechanisms compose in parallel and cost as one. Every size that is divided by is
-    public: the declared size, the plan's sample rate and its number of tasks.
+    Released is a sequence of Gaussian mechanisms, each of which `dpsgd` describes; everything after them (the steps,
+    their difference, the mean over tasks) is post-processing. A record is in one task at most, so over tasks the
+    mechanisms compose in parallel and cost as one. Every size that is divided by is public: the declared size, the
+    plan's sample rate, its number of tasks and, under `fomaml` and `anil`, the two sides of an episode.
+
+    Reptile, FedAvg and prox take `local_steps` mechanisms, each over all of a task's records. FOMAML and ANIL take
+    `local_steps` over the support and then one over the query, at the parameters that the support's noised steps led
+    to; that last one is what is released. A record is on one side by a rule on that record alone (`episodes`), so the
+    two compose in parallel: on the support's side it costs `local_steps` mechanisms, on the query's one, and never
+    more than the `local_steps` that the plan charges. MAML and Meta-SGD are not private; their plans have no noise.
 
     Args:
         meta_params: NumPy arrays in the plan's dtype.
@@ -50,24 +57,31 @@ def meta_update(
         The meta-update as NumPy arrays, named and shaped as `meta_params`.
 
     """
-    grads_fn = private_gradients(
-        build(plan.model, width, plan.dtype),
-        record_losses,
-        mechanism=plan.mechanism,
-        expected_batch_size=plan.mechanism.sample_rate * declared_size / len(tasks),
-        rng=rng,
-    )
+    inner, mechanism = plan.inner, plan.mechanism
+    algorithm = ALGORITHMS[inner.algorithm]
+    model = build(plan.model, width, plan.dtype)
+    batch = mechanism.sample_rate * declared_size / len(tasks) / (2 if inner.by_episode else 1)
     start = to_tensors(meta_params)
-    if plan.inner.algorithm == "reptile":
-        # All tasks step together, each at parameters of its own: one stacked "task" to the algorithm.
-        each = {name: value.expand(len(tasks), *value.shape) for name, value in start.items()}
-        return to_arrays(_mean_over_tasks(ALGORITHMS["reptile"](each, [tasks], grads_fn, plan.inner)))
+    episodes = [episode_of(task) for task in tasks] if inner.by_episode else []
+    if inner.second_order:
+        grad_fn = differentiable_gradient(
+            model, record_losses, sample_rate=mechanism.sample_rate, expected_batch_size=batch, rng=rng
+        )
+        return to_arrays(algorithm(start, episodes, grad_fn, inner))
+    grads_fn = private_gradients(model, record_losses, mechanism=mechanism, expected_batch_size=batch, rng=rng)
+    if inner.algorithm == "fedavg":
 
-    def mean_gradient(params: Params, tasks: list[Task]) -> Params:
-        each = {name: value.expand(len(tasks), *value.shape) for name, value in params.items()}
-        return _mean_over_tasks(grads_fn(each, tasks))
+        def mean_gradient(params: Params, tasks: list[Task]) -> Params:
+            return _mean_over_tasks(grads_fn(_for_each(tasks, params), tasks))
 
-    return to_arrays(ALGORITHMS[plan.inner.algorithm](start, [tasks], mean_gradient, plan.inner))
+        return to_arrays(algorithm(start, [tasks], mean_gradient, inner))
+    # All tasks step together, each at parameters of its own: one stacked "task", or episode, to the algorithm.
+    stacked = Episode([one.support for one in episodes], [one.query for one in episodes]) if episodes else tasks
+    return to_arrays(_mean_over_tasks(algorithm(_for_each(tasks, start), [stacked], grads_fn, inner)))
+
+
+def _for_each(tasks: list[Task], params: Params) -> Params:
+    return {name: value.expand(len(tasks), *value.shape) for name, value in params.items()}
 
 
 def _mean_over_tasks(stacked: Params) -> Params:

@@ -20,7 +20,7 @@ from safetensors.numpy import load
 from metarisk_common.config import Model, validate
 from metarisk_common.errors import ConfigError, IntegrityError
 from metarisk_common.features import Encoder
-from metarisk_common.initialisation import param_shapes
+from metarisk_common.initialisation import meta_shapes
 from metarisk_common.manifest import (
     JOURNAL_FILE,
     MANIFEST_FILE,
@@ -154,7 +154,7 @@ def _read_params(path: Path, content: bytes, plan: Plan, manifest: Manifest) -> 
     except (SafetensorError, ValueError, KeyError):
         raise IntegrityError(f"{path}: holds no arrays that can be read; {_AGAIN}") from None
     shapes = {name: np.shape(value) for name, value in params.items()}
-    if shapes != param_shapes(plan.model, Encoder(plan.data).width):
+    if shapes != meta_shapes(plan, Encoder(plan.data).width):
         raise IntegrityError(f"{path}: does not hold the parameters of the plan's model; {_AGAIN}")
     if any(value.dtype != plan.dtype or not np.isfinite(value).all() for value in params.values()):
         raise IntegrityError(f"{path}: holds numbers that are not finite or not {plan.dtype}; {_AGAIN}")

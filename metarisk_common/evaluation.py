@@ -7,7 +7,7 @@ are averaged within one first, and intervals speak of institutions like these, n
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -19,7 +19,7 @@ from .metrics import LOWER_IS_BETTER, METRICS, score_all
 from .tasks import few_shot_draw
 
 Matrix = npt.NDArray[Any]
-Metric = Literal["auc", "ks", "log_loss", "brier"]
+Metric = Literal["auc", "ks", "log_loss", "brier", "calibration"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class EpisodeScore:
     ks: float
     log_loss: float
     brier: float
+    calibration: float
 
 
 class Predictor(Protocol):
@@ -86,6 +87,7 @@ class Summary(TypedDict):
     ks: Estimate
     log_loss: Estimate
     brier: Estimate
+    calibration: Estimate
     worst_decile: dict[str, float]
     institutions: int
 
@@ -98,6 +100,26 @@ class PairedDifference(TypedDict):
     wins: int
     losses: int
     by_institution: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The number of labels from which on what an institution can do alone is level with what it is compared with.
+
+    `labels`: where the lower end of the paired interval reaches 0, between two measured k by a straight line; None
+    where it stays above. `at_most`: it lay at or below 0 at the smallest k already, so that `labels` is a ceiling.
+    `last`: the largest k measured.
+    """
+
+    labels: float | None
+    at_most: bool
+    last: int
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.labels is None:
+            return f"beyond {self.last}"
+        return f"at most {self.labels:.0f}" if self.at_most else f"about {self.labels:.0f}"
 
 
 def run_episodes(
@@ -163,13 +185,13 @@ def summarise(scores: Iterable[EpisodeScore]) -> dict[str, dict[str, Summary]]:
         values = {
             metric: np.array([_mean(own, metric) for _, own in sorted(by_institution.items())]) for metric in METRICS
         }
-        lowest = np.sort(values["auc"])[: math.ceil(len(by_institution) / 10)]
         summary.setdefault(method, {})[str(k)] = {
-            "auc": _estimate(values["auc"]),
-            "ks": _estimate(values["ks"]),
-            "log_loss": _estimate(values["log_loss"]),
-            "brier": _estimate(values["brier"]),
-            "worst_decile": {"auc": float(lowest.mean())},
+            "auc": estimate(values["auc"]),
+            "ks": estimate(values["ks"]),
+            "log_loss": estimate(values["log_loss"]),
+            "brier": estimate(values["brier"]),
+            "calibration": estimate(values["calibration"]),
+            "worst_decile": {"auc": worst_decile(values["auc"])},
             "institutions": len(by_institution),
         }
     return summary
@@ -204,7 +226,7 @@ def paired_difference(
     values = np.array(list(by_institution.values()))
     better = -values if metric in LOWER_IS_BETTER else values
     return {
-        **_estimate(values),
+        **estimate(values),
         "wins": int(np.count_nonzero(better > 0)),
         "losses": int(np.count_nonzero(better < 0)),
         "by_institution": by_institution,
@@ -222,6 +244,47 @@ def share_harmed(scores: Iterable[EpisodeScore], method: str, k: int, *, toleran
     if not after or after.keys() != before.keys():
         raise ValueError(f"'{method}' was not scored at k={k} and at k=0 on the same draws")
     return float(np.mean([before[key] - value > tolerance for key, value in after.items()]))
+
+
+def crossover(gains: Mapping[int, Estimate]) -> Crossover:
+    """Find the number of labels at which a gain can no longer be shown.
+
+    Args:
+        gains: by k above 0, what the shared start gains over the best that the same k labels give alone.
+            An interval with an open end shows nothing.
+
+    Raises:
+        ValueError: there is no k above 0.
+
+    """
+    ks = sorted(k for k in gains if k > 0)
+    if not ks:
+        raise ValueError("a crossover needs gains at one k above 0 or more")
+    before: tuple[int, float] | None = None
+    for k in ks:
+        end = gains[k]["ci95"][0]
+        low = 0.0 if end is None else end
+        if low <= 0:
+            if before is None:
+                return Crossover(float(k), at_most=True, last=ks[-1])
+            at = before[0] + (k - before[0]) * before[1] / (before[1] - low)
+            return Crossover(at, at_most=False, last=ks[-1])
+        before = k, low
+    return Crossover(None, at_most=False, last=ks[-1])
+
+
+def estimate(values: npt.NDArray[np.float64]) -> Estimate:
+    """Mean of one value an institution with its 95% interval (Student's t), open where there is one institution."""
+    mean, count = float(values.mean()), len(values)
+    if count < 2:  # noqa: PLR2004 - one institution says nothing of how institutions differ
+        return {"mean": mean, "ci95": [None, None]}
+    half = float(stdtrit(count - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(count)
+    return {"mean": mean, "ci95": [mean - half, mean + half]}
+
+
+def worst_decile(values: npt.NDArray[np.float64]) -> float:
+    """Mean of the lowest tenth of one value an institution, rounded up."""
+    return float(np.sort(values)[: math.ceil(len(values) / 10)].mean())
 
 
 def _episode(
@@ -257,14 +320,6 @@ def _by_draw(scores: Iterable[EpisodeScore], method: str, k: int, metric: Metric
 
 def _mean(scores: Sequence[EpisodeScore], metric: str) -> float:
     return float(np.mean([getattr(score, metric) for score in scores]))
-
-
-def _estimate(values: npt.NDArray[np.float64]) -> Estimate:
-    mean, count = float(values.mean()), len(values)
-    if count < 2:  # noqa: PLR2004 - one institution says nothing of how institutions differ
-        return {"mean": mean, "ci95": [None, None]}
-    half = float(stdtrit(count - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(count)
-    return {"mean": mean, "ci95": [mean - half, mean + half]}
 
 
 def _unique(what: str, values: Sequence[object]) -> None:

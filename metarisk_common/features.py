@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from .errors import ConfigError
+from .interactions import INTERACTIONS, RandomTrees, Splits
 from .schema import CategoricalColumn, NumericColumn, Schema
 from .table import categories, numbers, require_columns
 
@@ -58,9 +59,12 @@ class Encoder:
     constant input `intercept` included. Last, a row with a larger norm is brought to norm 1 by shrinking
     everything but the intercept, which stays the same for every record.
 
+    Where the schema asks for `interactions`, the leaves of public random trees stand between the columns' own inputs
+    and the intercept. Both parts are bounded by themselves, by what is left of norm 1, in the schema's shares.
+
     Attributes:
         names: one for each input, for people; the last is "intercept".
-        groups: the column that each input comes from, "intercept" for the last.
+        groups: the column that each input comes from, "interactions" for leaves, "intercept" for the last.
         width: number of inputs.
         second_moment: (width,) float64, the public expectation of each squared input; sums to 1.
 
@@ -70,7 +74,8 @@ class Encoder:
         """Derive every constant from `schema`.
 
         Raises:
-            ConfigError: a column's bounds or bins can't be told apart in floating-point arithmetic.
+            ConfigError: a column's bounds or bins can't be told apart in floating-point arithmetic, or there are
+                too few columns for the trees of `interactions`.
 
         """
         encoding = schema.encoding
@@ -82,13 +87,30 @@ class Encoder:
         scale = np.maximum(variance, MIN_VARIANCE) ** -encoding.variance_power
         second_moment = variance * scale**2
         self._intercept = encoding.intercept
-        self._limit = math.sqrt(1 - encoding.intercept**2)
+        self._trees, share, left_out = None, 0.0, frozenset[str]()
+        if encoding.interactions is not None:
+            share, left_out = encoding.interactions.share, frozenset(encoding.interactions.leave_out)
+        self._split = [column for column in self._columns if column.name not in left_out]
+        if encoding.interactions is not None:
+            try:
+                self._trees = RandomTrees([column.splits() for column in self._split], encoding.interactions)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        limit = math.sqrt(1 - encoding.intercept**2)
+        self._limit, self._trees_limit = limit * math.sqrt(1 - share), limit * math.sqrt(share)
         shrink = self._limit / math.sqrt(float(second_moment.sum()))
         self._scale = scale * shrink
-        self.names: tuple[str, ...] = (*(name for column in self._columns for name in column.names), "intercept")
-        self.groups: tuple[str, ...] = (*(column.name for column in self._columns for _ in column.names), "intercept")
+        names = [name for column in self._columns for name in column.names]
+        groups = [column.name for column in self._columns for _ in column.names]
+        moments = [second_moment * shrink**2]
+        if self._trees is not None:
+            names += self._trees.names
+            groups += [INTERACTIONS] * len(self._trees.names)
+            moments.append(self._trees.second_moment * self._trees_limit**2)
+        self.names: tuple[str, ...] = (*names, "intercept")
+        self.groups: tuple[str, ...] = (*groups, "intercept")
         self.width: int = len(self.names)
-        self.second_moment = np.append(second_moment * shrink**2, encoding.intercept**2)
+        self.second_moment = np.concatenate([*moments, [encoding.intercept**2]])
 
     def encode(self, frame: pl.DataFrame, where: str = "the table") -> tuple[np.ndarray, Counts]:
         """Encode every row; rows don't influence one another.
@@ -117,7 +139,10 @@ class Encoder:
                 inputs[position] = scaled
                 position += 1
         # The squares were summed input by input: a row's sum is rounded in the same way whatever rows stand by it.
-        inputs[:-1] *= self._limit / np.sqrt(np.maximum(squares, self._limit**2))
+        inputs[:position] *= self._limit / np.sqrt(np.maximum(squares, self._limit**2))
+        if self._trees is not None:
+            leaves = self._trees.encode([column.positions(frame, where) for column in self._split])
+            inputs[position:-1] = leaves.T * np.float32(self._trees_limit)
         inputs[-1] = self._intercept
         return np.ascontiguousarray(inputs.T), Counts(frame.height, counts)
 
@@ -148,7 +173,7 @@ class _Numeric:
             )
         low, high = self._edges[:-1], self._edges[1:]
         inside = np.array(column.shares or (1 / bins,) * bins)
-        inside = inside / inside.sum()
+        self._shares = inside = inside / inside.sum()
         self._centre = float(inside @ (low + high) / 2)
         self._spread = math.sqrt(float(inside @ (low**2 + low * high + high**2) / 3) - self._centre**2)
         above = 1 - np.cumsum(inside)
@@ -171,6 +196,16 @@ class _Numeric:
             clipped_above=int((values > self._column.upper).sum()),
         )
         return self._inputs(np.clip(values, self._column.lower, self._column.upper), absent), counts
+
+    def splits(self) -> Splits:
+        declared = np.array(self._column.bins, dtype=np.float64)
+        edges = declared if len(declared) else self._back(self._origin + self._length * self._edges[1:-1])
+        return Splits(self.name, edges, self._shares, self._edge_texts()[1:])
+
+    def positions(self, frame: pl.DataFrame, where: str) -> np.ndarray:
+        """Each record's value within the bounds, (rows,); what is missing is at the lower one."""
+        values = numbers(frame, self._column, where).fill_null(self._column.lower).to_numpy()
+        return np.asarray(np.clip(values, self._column.lower, self._column.upper))
 
     def _inputs(self, values: np.ndarray, absent: np.ndarray) -> Iterator[np.ndarray]:
         place = (self._transform(values) - self._origin) / self._length
@@ -217,12 +252,22 @@ class _Categorical:
 
     def read(self, frame: pl.DataFrame, where: str) -> tuple[Iterator[np.ndarray], ColumnCounts]:
         text = categories(frame, self._column, where)
-        known = self._column.categories
-        other = len(known)
-        codes = text.replace_strict(list(known), list(range(other)), default=other, return_dtype=pl.Int64)
-        codes = codes.fill_null(other)
+        other = len(self._column.categories)
+        place = self._codes(text)
         missing = text.null_count()
-        unknown = int((codes == other).sum()) - missing
-        place = codes.to_numpy()
+        unknown = int((place == other).sum()) - missing
         inputs = ((place == category).astype(np.float64) for category in range(other + 1))
         return inputs, ColumnCounts(missing=missing, unknown_categories=unknown)
+
+    def splits(self) -> Splits:
+        texts = (*(str(category) for category in self._column.categories), "other")
+        return Splits(self.name, np.empty(0), self.mean, texts)
+
+    def positions(self, frame: pl.DataFrame, where: str) -> np.ndarray:
+        """Each record's category, (rows,), its place in the public list; one more for any other."""
+        return self._codes(categories(frame, self._column, where)).astype(np.float64)
+
+    def _codes(self, text: pl.Series) -> np.ndarray:
+        known = self._column.categories
+        codes = text.replace_strict(list(known), list(range(len(known))), default=len(known), return_dtype=pl.Int64)
+        return codes.fill_null(len(known)).to_numpy()

@@ -1,12 +1,17 @@
 """Where training starts: public, the same for every party, and known without Torch, which the server does not need."""
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 
-from .params import Params
+from .params import Array, Params
 from .plan import ModelSpec, Plan
+
+RATE: Final = "rate/"
+"""How the name of a learned step size begins, which `meta_sgd` keeps beside each parameter of the model."""
 
 
 def param_shapes(spec: ModelSpec, width: int) -> dict[str, tuple[int, ...]]:
@@ -21,24 +26,38 @@ def param_shapes(spec: ModelSpec, width: int) -> dict[str, tuple[int, ...]]:
     return {**shapes, "head.weight": (1, sizes[-1]), "head.bias": (1,)}
 
 
+def meta_shapes(plan: Plan, width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a plan learns: the model's parameters and, under `meta_sgd`, a rate for each."""
+    shapes = param_shapes(plan.model, width)
+    rates = {RATE + name: shape for name, shape in shapes.items()}
+    return {**shapes, **rates} if plan.inner.algorithm == "meta_sgd" else shapes
+
+
+def model_params(meta_params: Mapping[str, Array]) -> Params:
+    """Leave out learned rates: what remains are the parameters of the model, which is all that scores a record."""
+    return {name: value for name, value in meta_params.items() if not name.startswith(RATE)}
+
+
 def initial_params(plan: Plan, width: int) -> Params:
     """Build the first meta-parameters.
 
     A scorecard starts at zero but for the intercept, which gives the public base rate. An mlp's hidden layers
     start Glorot-uniform (Glorot and Bengio 2010, eq. 16) from the plan's public seed; its head starts at zero
-    but for the bias, which gives the base rate.
+    but for the bias, which gives the base rate. Learned rates start at the plan's learning rate.
 
     Returns:
-        NumPy arrays in the plan's dtype, named and shaped as `param_shapes` says.
+        NumPy arrays in the plan's dtype, named and shaped as `meta_shapes` says.
 
     """
     logit = math.log(plan.model.base_rate / (1 - plan.model.base_rate))
     generator = np.random.default_rng(plan.model.init_seed)
     params: Params = {}
-    for name, shape in param_shapes(plan.model, width).items():
+    for name, shape in meta_shapes(plan, width).items():
         array = np.zeros(shape, plan.dtype)
         if name == "points.weight":
             array[0, -1] = logit / plan.data.encoding.intercept
+        elif name.startswith(RATE):
+            array[...] = plan.inner.learning_rate
         elif name == "head.bias":
             array[...] = logit
         elif name.startswith("body.") and name.endswith(".weight"):

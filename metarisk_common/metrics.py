@@ -1,7 +1,7 @@
-"""How good scores are: ranking (AUC, KS) and probabilities (log-loss, Brier), for binary outcomes.
+"""How good scores are: ranking (AUC, KS) and probabilities (log-loss, Brier, calibration), for binary outcomes.
 
 All functions take `y: (rows,)` of 0 and 1 (or booleans) and `p: (rows,)` and are pure NumPy. AUC and KS need only an
-order, so any finite score will do; log-loss and Brier need probabilities. Where a figure is not defined, because
+order, so any finite score will do; the others need probabilities. Where a figure is not defined, because
 only one outcome occurs, they raise: half of nothing is no AUC.
 """
 
@@ -13,12 +13,13 @@ import numpy.typing as npt
 Vector = npt.NDArray[Any]
 """One number (or boolean) a record."""
 
-METRICS = ("auc", "ks", "log_loss", "brier")
+METRICS = ("auc", "ks", "log_loss", "brier", "calibration")
 """The keys of `score_all`, in the order of reports."""
 
-LOWER_IS_BETTER = frozenset({"log_loss", "brier"})
+LOWER_IS_BETTER = frozenset({"log_loss", "brier", "calibration"})
 """Metrics of which the smaller value is the better one."""
 
+_BINS = 10
 _SMALLEST = float(np.finfo(np.float64).eps)
 
 
@@ -64,6 +65,22 @@ def brier(y: Vector, p: Vector) -> float:
     return _brier(*_probabilities(*_checked(y, p)))
 
 
+def calibration(y: Vector, p: Vector) -> float:
+    """Squared calibration error, unbiased: how far shares of positives lie from what was predicted for them.
+
+    Records are put in order of `p` into ten bins of equal count (fewer where there would be under ten records in one);
+    the squared difference of mean prediction and share of positives is averaged over records. Of each square the
+    sampling variance of the share is taken off (Kumar, Liang and Ma 2019, "Verified Uncertainty Calibration", the
+    debiased estimator), so the mean over many draws of few records is that of many records: a figure may lie below 0,
+    and the root of a mean is the calibration error in units of probability.
+
+    Raises:
+        ValueError: as for `log_loss`, or there is one record only.
+
+    """
+    return _calibration(*_probabilities(*_checked(y, p)))
+
+
 def score_all(y: Vector, p: Vector) -> dict[str, float]:
     """All of `METRICS` at once, sorting only once.
 
@@ -78,6 +95,7 @@ def score_all(y: Vector, p: Vector) -> dict[str, float]:
         "ks": _ks(negatives, positives),
         "log_loss": _log_loss(positive, score),
         "brier": _brier(positive, score),
+        "calibration": _calibration(positive, score),
     }
 
 
@@ -97,7 +115,7 @@ def _probabilities(
     positive: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
     if score.min() < 0 or score.max() > 1:
-        raise ValueError("log-loss and Brier need probabilities between 0 and 1")
+        raise ValueError("log-loss, Brier and calibration need probabilities between 0 and 1")
     return positive, score
 
 
@@ -132,3 +150,16 @@ def _log_loss(positive: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -
 
 def _brier(positive: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float:
     return float(np.square(score - positive).mean())
+
+
+def _calibration(positive: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float:
+    if score.size < 2:  # noqa: PLR2004 - the variance of one outcome is not known
+        raise ValueError("calibration needs two records or more")
+    # Stable: records of one score keep their order, so that one table gives one figure.
+    order = np.argsort(score, kind="stable")
+    edges = np.linspace(0, score.size, min(_BINS, max(1, score.size // _BINS)) + 1).astype(np.int64)
+    count = np.diff(edges)
+    share = np.add.reduceat(positive[order].astype(np.float64), edges[:-1]) / count
+    expected = np.add.reduceat(score[order], edges[:-1]) / count
+    squares = np.square(expected - share) - share * (1.0 - share) / (count - 1)
+    return float(np.dot(count, squares) / score.size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from .initialisation import model_params
 from .params import Params
 from .plan import ModelSpec
 
@@ -63,8 +64,11 @@ def head_names(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def forward(model: nn.Module, params: Params, x: Tensor) -> Tensor:
-    """Logits `(rows,)` of `x: (rows, width)` at `params`, which the module itself need not hold."""
-    out: Tensor = functional_call(model, params, (x,))
+    """Logits `(rows,)` of `x: (rows, width)` at `params`, which the module itself need not hold.
+
+    Rates that `params` hold besides, as learned under `meta_sgd`, have no say in a score.
+    """
+    out: Tensor = functional_call(model, model_params(params), (x,))
     return out
 
 

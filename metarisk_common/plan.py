@@ -40,12 +40,48 @@ class ModelSpec(Frozen):
 
 
 class InnerLoop(Frozen):
-    """What a bank does with one order: `local_steps` steps of (private) SGD from the meta-parameters."""
+    """What a bank does with one order: `local_steps` steps of (private) SGD from the meta-parameters.
 
-    algorithm: Literal["reptile", "fedavg"] = "reptile"
+    `metarisk_common.algorithms` says what each algorithm makes of them.
+    """
+
+    algorithm: Literal["reptile", "fedavg", "prox", "fomaml", "anil", "maml", "meta_sgd"] = "reptile"
     task: Literal["institution", "segment"] = "institution"
     local_steps: int = Field(default=5, ge=1, le=10_000)
     learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Size of a step; under `meta_sgd`, where the learned sizes start."""
+    prox_strength: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Of the pull towards the meta-parameters in each step of `prox`, and of no other algorithm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.algorithm != "prox" and self.prox_strength:
+            raise ValueError(
+                f'prox_strength does nothing under algorithm = "{self.algorithm}": leave it out or set '
+                'algorithm = "prox"'
+            )
+        if self.algorithm == "prox" and not self.prox_strength:
+            raise ValueError('algorithm = "prox" needs prox_strength above 0; with none it is "reptile"')
+        if self.learning_rate * self.prox_strength > 1:
+            raise ValueError(
+                "learning_rate * prox_strength must be at most 1: beyond, the pull towards the meta-parameters "
+                "overshoots them"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_where_unused(handler(self), {"prox_strength": 0.0})
+
+    @property
+    def by_episode(self) -> bool:
+        """Whether the algorithm adapts on one part of a task's records, the support, and judges on the other."""
+        return self.algorithm in {"fomaml", "anil", "maml", "meta_sgd"}
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the algorithm differentiates through its own steps, which no private step allows."""
+        return self.algorithm in {"maml", "meta_sgd"}
 
 
 class Mechanism(Frozen):
@@ -69,10 +105,18 @@ class OuterLoop(Frozen):
     """What the server does with a round's meta-updates. See `server.robust` for the aggregators."""
 
     rounds: int = Field(default=20, ge=1, le=100_000)
-    optimizer: Literal["sgd", "momentum", "adam"] = "momentum"
+    optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "momentum"
     learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    subtract_noise: bool = False
+    """Whether adam or yogi leaves the banks' noise, whose variance is public, out of its second moment."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_rounds: int = Field(default=0, ge=0)
+    """Rounds over which the step size rises evenly, before the first one with the schedule's full size."""
+    tail_averaging: float = Field(default=0.0, ge=0, le=1)
+    """Share of the rounds, the last ones, over whose meta-parameters the run's result is the mean; 0: the last ones."""
+    learn_prior: bool = False
+    """Whether the last round's record tells how far the banks differ, from the updates that they released."""
     weighting: Literal["declared_size", "equal"] = "declared_size"
     max_declared_size: int = Field(default=1_000_000, ge=1)
     """Largest size that the server believes, so that no bank can outweigh the others by a claim."""
@@ -102,12 +146,26 @@ class OuterLoop(Frozen):
             )
         if self.aggregator != "trimmed_mean" and self.trim != OuterLoop.model_fields["trim"].default:
             raise ValueError(f'trim does nothing under {chosen}: leave it out or set aggregator = "trimmed_mean"')
+        if self.subtract_noise and self.optimizer not in {"adam", "yogi"}:
+            raise ValueError(
+                f'subtract_noise does nothing under optimizer = "{self.optimizer}", which divides by no second '
+                'moment: leave it out or set optimizer = "adam" or "yogi"'
+            )
+        if self.subtract_noise and self.aggregator != "mean":
+            raise ValueError(
+                f'subtract_noise needs aggregator = "mean": how much noise is left under {chosen} depends on the '
+                "updates themselves and is not known"
+            )
+        if self.warmup_rounds >= self.rounds:
+            raise ValueError("warmup_rounds must be fewer than rounds")
         return self
 
     @model_serializer(mode="wrap")
     def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        later = {name: OuterLoop.model_fields[name].default for name in ("aggregator", "trim", "max_update_norm")}
-        return left_out_where_unused(handler(self), later)
+        came_later = (
+            "aggregator", "trim", "max_update_norm", "subtract_noise", "warmup_rounds", "tail_averaging", "learn_prior",
+        )  # fmt: skip
+        return left_out_where_unused(handler(self), {name: OuterLoop.model_fields[name].default for name in came_later})
 
 
 class ScoreHistograms(Frozen):
@@ -140,6 +198,25 @@ class Plan(Frozen):
     def _check(self) -> Self:
         if self.inner.task == "segment" and not self.data.segments:
             raise ValueError('task = "segment" needs the schema to name a segment column and list its public segments')
+        algorithm, mechanism = self.inner.algorithm, self.mechanism
+        if self.outer.learn_prior and self.model.kind != "scorecard":
+            raise ValueError('learn_prior needs kind = "scorecard": a prior is told by the column that a weight is for')
+        if self.outer.learn_prior and self.inner.by_episode:
+            raise ValueError(
+                f'learn_prior cannot read the updates of algorithm = "{algorithm}": leave it out or set algorithm = '
+                '"reptile", "fedavg" or "prox"'
+            )
+        if self.inner.second_order and (mechanism.noise_multiplier > 0 or mechanism.max_grad_norm is not None):
+            raise ValueError(
+                f'algorithm = "{algorithm}" differentiates through its own steps and cannot be private: it needs '
+                "noise_multiplier = 0 and no max_grad_norm (in a scenario, epsilon = inf); the first-order "
+                '"fomaml" can be private'
+            )
+        if algorithm == "anil" and self.model.kind == "scorecard":
+            raise ValueError(
+                'algorithm = "anil" adapts the head alone, and a scorecard is nothing but head: set '
+                'algorithm = "fomaml", which is the same there, or kind = "mlp"'
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -164,7 +241,11 @@ class Plan(Frozen):
         return last or (self.metrics.every > 0 and round_number % self.metrics.every == 0)
 
     def train_event(self) -> PrivacyEvent:
-        """What answering one round's training order costs a bank: all its local steps, for every record."""
+        """What answering one round's training order costs a bank: all its local steps, for every record.
+
+        So it is under `fomaml` and `anil`, too: a record of the support pays for each of these steps, one of the query
+        for a single one, and no record is on both sides (`client.episodes`).
+        """
         mechanism = self.mechanism
         return PrivacyEvent(
             "poisson_gaussian", mechanism.noise_multiplier, mechanism.sample_rate, self.inner.local_steps

@@ -116,12 +116,29 @@ class Label(Frozen):
         return self
 
 
+class Interactions(Frozen):
+    """Trees drawn at random from public constants, whose leaves are inputs; see `metarisk_common.interactions`."""
+
+    trees: int = Field(default=100, ge=1, le=10_000)
+    depth: int = Field(default=3, ge=2, le=8)
+    share: float = Field(default=0.3, gt=0, lt=1)
+    """Of a row's squared norm, the intercept aside: the leaves'; the columns' own inputs have the rest."""
+    seed: int = Field(default=0, ge=0)
+    leave_out: tuple[str, ...] = ()
+    """Columns that no tree splits."""
+
+
 class Encoding(Frozen):
     """Public constants of the encoding; `metarisk_common.features` says what each does."""
 
     variance_power: float = Field(default=0.35, ge=0, le=1)
     intercept: float = Field(default=0.25, gt=0, lt=1)
     clip_standardised: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    interactions: Interactions | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_where_unused(handler(self), {"interactions": None})
 
 
 Column = Annotated[NumericColumn | CategoricalColumn, Field(discriminator="kind")]
@@ -159,6 +176,12 @@ class Schema(Frozen):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"column '{twice[0]}' stands twice")
+        trees = self.encoding.interactions
+        unknown = [name for name in (trees.leave_out if trees else ()) if name not in names]
+        if unknown:
+            raise ValueError(f"encoding.interactions.leave_out: there is no column '{unknown[0]}'")
+        if "interactions" in names and trees:
+            raise ValueError("a column named 'interactions' and encoding.interactions exclude each other")
         for role, name in (
             ("label", self.label.name),
             ("institution", self.institution),

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,17 @@ class Task:
     x: Array
     y: Array
     unit: Array | None = None
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Episode(Generic[T]):
+    """What a task adapts on and what it is judged on: two tasks, or two lists of tasks, without a record in common."""
+
+    support: T
+    query: T
 
 
 @dataclass(frozen=True)

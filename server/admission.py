@@ -98,6 +98,12 @@ def norm_bound(plan: Plan, declared_size: int, parameters: int) -> float:
     A bank may hold more records than it declares by a little, hence the factor 2 on the first term. With S tasks
     the batch of each is an S-th and the update their mean, so the noise is sqrt(S) times larger.
 
+    Under `prox` each step first shrinks what the steps before have added, by the factor `1 - rate * strength`, which
+    the plan keeps within [0, 1]: instead of T count the sum of its powers, and for the noise that of their squares.
+
+    An update of `fomaml` and `anil` is one query gradient a task: one clipped, noised sum over the query's records,
+    which may be all that the bank has, divided by half the batch, and no learning rate multiplies it.
+
     Returns:
         `inf` where the plan does not clip.
 
@@ -105,8 +111,11 @@ def norm_bound(plan: Plan, declared_size: int, parameters: int) -> float:
     mechanism, inner = plan.mechanism, plan.inner
     if mechanism.max_grad_norm is None:
         return math.inf
-    batch = mechanism.sample_rate * declared_size
-    signal = 2.0 * inner.local_steps * declared_size / batch
-    noise = mechanism.noise_multiplier * math.sqrt(inner.local_steps * len(plan.tasks)) / batch
+    batch, steps, rate = mechanism.sample_rate * declared_size, inner.local_steps, inner.learning_rate
+    if inner.by_episode:
+        batch, steps, rate = batch / 2, 1, 1.0
+    kept = [(1.0 - inner.learning_rate * inner.prox_strength) ** later for later in range(steps)]
+    signal = 2.0 * sum(kept) * declared_size / batch
+    noise = mechanism.noise_multiplier * math.sqrt(sum(one * one for one in kept) * len(plan.tasks)) / batch
     clipped = signal + noise * (math.sqrt(parameters) + _NOISE_DEVIATIONS)
-    return inner.learning_rate * mechanism.max_grad_norm * clipped
+    return rate * mechanism.max_grad_norm * clipped

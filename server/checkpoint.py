@@ -27,6 +27,8 @@ def save_checkpoint(folder: Path, state: ServerState, record: dict[str, Any] | N
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"meta/{name}": np.asarray(value, order="C") for name, value in state.meta_params.items()}
     arrays |= {f"optimizer/{name}": np.asarray(value, order="C") for name, value in state.optimizer_state.items()}
+    arrays |= {f"tail/{name}": value for name, value in state.tail.items()}
+    arrays |= {f"prior/{name}": value for name, value in state.prior.items()}
     data = save(arrays)
     digest = _digest(data)
     name = f"round-{state.round:06d}-{digest[:16]}.safetensors"
@@ -98,6 +100,8 @@ def _read_state(folder: Path, sealed: bytes) -> tuple[ServerState, dict[str, Any
         optimizer_state=_under("optimizer/", arrays),
         declared_sizes=manifest["declared_sizes"],
         ledgers={name: (counter, receipt) for name, (counter, receipt) in manifest["ledgers"].items()},
+        tail=_under("tail/", arrays),
+        prior=_under("prior/", arrays),
     )
     return state, manifest["record"]
 

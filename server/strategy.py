@@ -14,11 +14,12 @@ from metarisk_common.params import Params, add, l2_norm
 from metarisk_common.plan import OuterLoop, Plan
 from metarisk_common.wire import EvaluateOrder, Refusal, TrainOrder, TrainReport, decode_reply
 
+from . import prior_sums
 from .admission import judge
 from .aggregators import update_norm
-from .optimizers import optimizer_for, rate_at
+from .optimizers import rate_at
 from .robust import aggregator_for, cut_of
-from .state import ServerState, remember_ledgers, remember_sizes
+from .state import ServerState, end_round, remember_ledgers, remember_sizes
 
 
 def configure_train(state: ServerState, plan: Plan) -> TrainOrder:
@@ -72,20 +73,19 @@ def aggregate_train(
     aggregator = aggregator_for(outer)
     folded = aggregator.init(order.meta_params)
     norms: dict[str, float] = {}
+    prior = state.prior
     for report in _admitted(tally, replies, state, plan, order, cohort):
         folded = aggregator.add(
             folded, report.update, report.declared_size if outer.weighting == "declared_size" else 1
         )
         norms[report.institution] = update_norm(report.update)
+        prior = prior_sums.add(prior, plan, order.round, report.institution, report.update)
     norms = dict(sorted(norms.items()))
     rate = rate_at(outer, order.round)
     quorum = folded.count >= outer.min_reports
     update: Params = aggregator.result(folded) if quorum else {}
-    after = remember_sizes(replace(state, round=order.round), tally.sizes)
-    after = remember_ledgers(after, tally.ledgers)
-    if quorum:
-        optimizer_state, meta = optimizer_for(outer).apply(state.optimizer_state, state.meta_params, update, rate)
-        after = replace(after, meta_params=meta, optimizer_state=optimizer_state)
+    after = end_round(state, plan, order.round, update if quorum else None, tally.sizes.values())
+    after = remember_ledgers(remember_sizes(replace(after, prior=prior), tally.sizes), tally.ledgers)
     record = {
         "round": order.round,
         "cohort": len(cohort),
@@ -100,6 +100,7 @@ def aggregate_train(
         "server_learning_rate": rate,
         "order_digest": order.digest(),
         **_aggregation(outer, norms),
+        **_at_the_end(after, plan),
     }
     return after, record
 
@@ -113,6 +114,17 @@ def _aggregation(outer: OuterLoop, norms: Mapping[str, float]) -> dict[str, Any]
         said["bounded"] = [name for name, norm in norms.items() if norm > outer.max_update_norm]
     if outer.aggregator == "trimmed_mean":
         said["cut_at_each_end"] = cut_of(outer.trim, len(norms))
+    return said
+
+
+def _at_the_end(after: ServerState, plan: Plan) -> dict[str, Any]:
+    """What the last round's record says of the whole run: over how many rounds its result is a mean, and the prior."""
+    if after.round < plan.outer.rounds:
+        return {}
+    said: dict[str, Any] = {"averaged_rounds": int(after.tail["rounds"])} if after.tail else {}
+    if plan.outer.learn_prior:
+        learned = prior_sums.result(after.prior, plan, after.declared_sizes, after.meta_params)
+        said["learned_prior"] = None if learned is None else learned.to_json()
     return said
 
 

@@ -5,7 +5,6 @@ one place, which nobody may have. All of them get their inputs without bins (`ra
 and constants chosen once for the best mean AUC on training lenders of the loans, so that none is a man of straw.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Final, NamedTuple
@@ -14,13 +13,14 @@ import lightgbm
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
 
-from metarisk_common.adaptation import DEFAULT_TAU2, adapt, map_logistic
+from metarisk_common.adaptation import DEFAULT_TAU2
+from metarisk_common.adapters import adapt_params, predict
 from metarisk_common.evaluation import Predictor
+from metarisk_common.params import Params
+from metarisk_common.plan import ModelSpec
 from metarisk_common.schema import CategoricalColumn, NumericColumn, Schema
 from metarisk_common.table import categories, numbers, require_columns
 
@@ -155,51 +155,48 @@ def pooled_lightgbm(raw: Matrix, y: Matrix, *, trees: int = 200) -> Pooled:
 
 
 @dataclass(frozen=True)
-class Initialization:
-    """A scorecard learned from the training institutions, adapted exactly to the k labels; k = 0 is itself.
+class ModelInitialization:
+    """Parameters learned from the training institutions, adapted to the k labels; k = 0 is the parameters themselves.
 
-    `weights: (width,)` on the encoded inputs, whose logit is `x @ weights`; `tau2` as in `map_logistic`, where 0
-    leaves the weights as they are at every k.
+    `method`, `prior_variance` and `prior` as in `adapters.adapt_params`.
     """
 
     name: str
-    weights: Matrix
-    tau2: float | Matrix = DEFAULT_TAU2
+    spec: ModelSpec
+    params: Params
+    method: str = "auto"
+    prior_variance: float = DEFAULT_TAU2
+    prior: Matrix | None = None
     needs_support: ClassVar[bool] = False
 
     def fit(self, x: Matrix, _raw: Matrix, y: Matrix) -> Predictor:
         """Adapt to `x: (k, width)`."""
-        return partial(_scorecard, map_logistic(self.weights, x, y, tau2=self.tau2), 0.0)
+        adapted = adapt_params(
+            self.spec, self.params, x, y, method=self.method, prior_variance=self.prior_variance, prior=self.prior
+        )
+        return partial(_predict, self.spec, adapted.params)
 
 
 @dataclass(frozen=True)
-class ModelInitialization:
-    """Any Torch model's parameters learned from the training institutions, adapted with the same kind of prior.
-
-    `forward(params, x)` gives logits `(rows,)`, e.g. `functools.partial(models.forward, model)`; `strength` is 1/tau2.
-    """
+class Initialization:
+    """The same for a scorecard's `weights: (width,)` on the encoded inputs, the intercept's last."""
 
     name: str
-    forward: Callable[[dict[str, Tensor], Tensor], Tensor]
-    params: Mapping[str, Tensor]
-    strength: float = 1.0 / DEFAULT_TAU2
+    weights: Matrix
+    method: str = "auto"
+    prior_variance: float = DEFAULT_TAU2
+    prior: Matrix | None = None
     needs_support: ClassVar[bool] = False
 
-    def fit(self, x: Matrix, _raw: Matrix, y: Matrix) -> Predictor:
-        """Adapt to `x: (k, width)`; k = 0 keeps the parameters."""
-        params = dict(self.params)
-        if len(y):
-            params = adapt(self.forward, params, self._tensor(x), self._tensor(y), strength=self.strength)
-        return partial(self._predict, params)
+    def fit(self, x: Matrix, raw: Matrix, y: Matrix) -> Predictor:
+        """Adapt to `x: (k, width)`."""
+        params = {"points.weight": np.asarray(self.weights, np.float64)[None]}
+        model = ModelInitialization(self.name, ModelSpec(), params, self.method, self.prior_variance, self.prior)
+        return model.fit(x, raw, y)
 
-    def _predict(self, params: dict[str, Tensor], x: Matrix, _raw: Matrix) -> Matrix:
-        with torch.no_grad():
-            logits = self.forward(params, self._tensor(x))
-        return np.asarray(expit(logits.double().cpu().numpy()))
 
-    def _tensor(self, values: Matrix) -> Tensor:
-        like = next(iter(self.params.values()))
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
+def _predict(spec: ModelSpec, params: Params, x: Matrix, _raw: Matrix) -> Matrix:
+    return predict(spec, params, x)
 
 
 def _scorecard(weights: Matrix, intercept: float, x: Matrix, _raw: Matrix) -> Matrix:

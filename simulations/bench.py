@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from client.app import close_banks
 from client.dataset import load_dataset, read_table
 from client.dpsgd import Engine, plain_gradient, private_gradient, private_gradients
 from client.rng import SecureRandom
-from client.training import tasks_for
+from client.training import meta_update, tasks_for
 from metarisk_common.features import Encoder
+from metarisk_common.initialisation import initial_params
 from metarisk_common.models import build, record_losses
 from metarisk_common.params import Params
-from metarisk_common.plan import Mechanism, ModelSpec
+from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec
 from metarisk_common.tasks import Task
 from server.app import RUN_FOLDER_KEY
 from server.app import app as server_app
@@ -35,6 +37,7 @@ _REPEATS = 5
 _STEPS = 40
 _ROUNDS = 6
 _TASKS = 8
+_LOCAL_STEPS = 5
 _MLP = ModelSpec(kind="mlp", hidden=(64, 32))
 _OPACUS = "private, Opacus hooks"
 _ENGINES: tuple[Engine, ...] = ("closed-form", "opacus")
@@ -49,6 +52,8 @@ def measure() -> list[dict[str, Any]]:
         _step("mlp, each of 1024 rows at rate 0.25", _MLP, width=30, rows=1024, sample_rate=0.25),
         _step("mlp, 256 rows of 64 customers", _MLP, width=30, rows=256, rows_a_unit=4),
         _tasks(f"mlp, {_TASKS} tasks of 256 rows", _MLP, width=30, rows=256),
+        _turns("scorecard, 120 inputs, 2000 rows", ModelSpec(), width=120, rows=2000),
+        _turns(f"mlp, {_TASKS} tasks of 256 rows", _MLP, width=30, rows=256, tasks=_TASKS),
         *_rounds(),
     ]
 
@@ -115,6 +120,21 @@ def _tasks(what: str, spec: ModelSpec, *, width: int, rows: int) -> dict[str, An
         "private, in one go": lambda: at_once(stacked, tasks),
     }
     return _compare(f"step, {what}", rivals, times=_STEPS // _TASKS)
+
+
+def _turns(what: str, spec: ModelSpec, *, width: int, rows: int, tasks: int = 1) -> dict[str, Any]:
+    """Compare a bank's whole turn under each private algorithm, at equal steps."""
+    _, task, _ = _workload(spec, width, rows)
+    credit = load_scenario(built_in("credit")).plan().model_copy(update={"model": spec})
+    rivals: dict[str, Callable[[], object]] = {}
+    for name in ("fedavg", "reptile", "prox", "fomaml", *(["anil"] if spec.kind == "mlp" else [])):
+        values = {"algorithm": name, "local_steps": _LOCAL_STEPS, "prox_strength": 0.5 * (name == "prox")}
+        plan = credit.model_copy(update={"inner": InnerLoop.model_validate(values)})
+        rivals[name] = partial(
+            meta_update, initial_params(plan, width), plan, [task] * tasks,
+            declared_size=rows * tasks, width=width, rng=SecureRandom.from_system(),
+        )  # fmt: skip
+    return _compare(f"turn of {_LOCAL_STEPS} steps, {what}", rivals, times=_STEPS // _LOCAL_STEPS)
 
 
 def _workload(spec: ModelSpec, width: int, rows: int) -> tuple[torch.nn.Module, Task, Params]:

@@ -16,6 +16,10 @@ from rich.console import Console
 from metarisk_common.commands import progress_bar, run_app, show_version
 from metarisk_common.errors import ConfigError
 
+from . import mixed_cli
+from .compare_cli import compare, join_report
+from .verify_cli import verify
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -196,6 +200,14 @@ def tryout(
     path = Path(scenario) if scenario.endswith(".toml") else built_in(scenario)
     made = by_hand.prepare(out, path, lenders=lenders, epsilon=epsilon)
     typer.echo(_json(by_hand.summary(made)) if as_json else "\n".join(by_hand.lines(made)))
+
+
+app.command(epilog="Example: metarisk-simulate verify")(verify)
+mixed_cli.register(app)
+app.command(epilog="Example: metarisk-simulate compare compare.toml --workers 2")(compare)
+app.command("join-report", epilog="Example: metarisk-simulate join-report RUN --data ours.csv --institution Ours")(
+    join_report
+)
 
 
 def main() -> None:

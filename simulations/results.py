@@ -3,8 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
@@ -22,8 +21,8 @@ from metarisk_common.evaluation import (
 )
 from metarisk_common.features import Encoder
 from metarisk_common.files import write_atomically
-from metarisk_common.models import build, forward, to_tensors
 from metarisk_common.params import Params
+from metarisk_common.prior import LearnedPrior
 from metarisk_common.schema import Schema
 from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
 
@@ -33,6 +32,16 @@ from .runfolder import RunFolder
 
 GAIN_K = 50
 """Labels at which the gain of each institution is shown, or the nearest number that was evaluated."""
+
+_TITLES: Final = {
+    "reptile": "Reptile",
+    "fedavg": "FedAvg",
+    "prox": "MR-MTL",
+    "fomaml": "First-order MAML",
+    "anil": "ANIL",
+    "maml": "MAML",
+    "meta_sgd": "Meta-SGD",
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def save_results(run: RunFolder, results: Results) -> None:
 
 def _methods(run: RunFolder, found: Mapping[str, Params]) -> tuple[list[Method], dict[str, dict[str, Any]]]:
     names = method_names(run)
-    algorithm = run.plan.inner.algorithm.capitalize() if run.plan.inner.algorithm == "reptile" else "FedAvg"
+    algorithm = _TITLES[run.plan.inner.algorithm]
     private = run.plan.mechanism.noise_multiplier > 0
     budget = f", epsilon {run.epsilon:g}" if private else ""
     titles = {MAIN: f"{algorithm}{budget}", "no-dp": f"{algorithm}, no privacy", "joint": f"Joint training{budget}"}
@@ -151,14 +160,21 @@ def _methods(run: RunFolder, found: Mapping[str, Params]) -> tuple[list[Method],
 
 
 def _initialization(run: RunFolder, name: str, params: Params) -> Method:
-    variance = run.scenario.evaluation.prior_variance
-    if run.plan.model.kind == "scorecard":
-        weights = np.asarray(params["points.weight"], np.float64).reshape(-1)
-        return baselines.Initialization(name, weights, tau2=variance)
-    width = Encoder(run.scenario.columns).width
-    model = build(run.plan.model, width, "float64")
-    tensors = to_tensors({key: np.asarray(value, np.float64) for key, value in params.items()})
-    return baselines.ModelInitialization(name, partial(forward, model), tensors, strength=1.0 / variance)
+    evaluation = run.scenario.evaluation
+    return baselines.ModelInitialization(
+        name, run.plan.model, params, evaluation.adaptation, evaluation.prior_variance, _learned_prior(run)
+    )
+
+
+def _learned_prior(run: RunFolder) -> np.ndarray | None:
+    """Return (width,) variances of a scorecard's weights where the run's plan has let the server learn them."""
+    records = run.journal()
+    found = records[-1].get("learned_prior") if records and run.plan.model.kind == "scorecard" else None
+    if found is not None:
+        return LearnedPrior.from_json(found).variances(Encoder(run.scenario.columns).groups)
+    if run.scenario.evaluation.adaptation == "prior":
+        raise ConfigError(f'{run.path}: adaptation = "prior" needs a scorecard, and a plan that learns a prior')
+    return None
 
 
 def _pool(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from metarisk_common.calibration import noise_multiplier_for
-from metarisk_common.config import Frozen, load_toml
+from metarisk_common.config import Frozen, load_toml, validate
 from metarisk_common.errors import ConfigError
 from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan, ScoreHistograms
 from metarisk_common.privacy import PrivacyEvent
@@ -68,6 +68,8 @@ class Evaluation(Frozen):
     k: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 20, 50, 100), min_length=1)
     draws: int = Field(default=10, ge=1)
     seed: int = Field(default=1, ge=0)
+    adaptation: Literal["none", "intercept", "head", "sgd", "prox", "prior", "auto"] = "auto"
+    """How an initialization is adapted to k labels; see `metarisk_common.adapters`."""
     prior_variance: float = Field(default=0.3, gt=0, le=1e6)
     baselines: bool = True
 
@@ -117,6 +119,9 @@ class Scenario(Frozen):
         Args:
             epsilon: in place of the scenario's own; `inf` for no noise and no clipping.
 
+        Raises:
+            ConfigError: the scenario's parts do not make a plan together: an algorithm that cannot be private, say.
+
         """
         privacy = self.privacy
         target = privacy.epsilon if epsilon is None else epsilon
@@ -130,15 +135,16 @@ class Scenario(Frozen):
         mechanism = Mechanism(
             sample_rate=privacy.sample_rate, max_grad_norm=clip, noise_multiplier=noise, delta=privacy.delta
         )
-        return Plan(
-            name=self.name,
-            data=self.columns,
-            model=self.model,
-            inner=self.training,
-            mechanism=mechanism,
-            outer=self.server,
-            metrics=self._histograms(noise_off=noise == 0),
-        )
+        parts = {
+            "name": self.name,
+            "data": self.columns,
+            "model": self.model,
+            "inner": self.training,
+            "mechanism": mechanism,
+            "outer": self.server,
+            "metrics": self._histograms(noise_off=noise == 0),
+        }
+        return validate(parts, Plan, where=f"scenario '{self.name}'")
 
     def _histograms(self, *, noise_off: bool = False) -> ScoreHistograms | None:
         metrics = self.metrics
@@ -158,9 +164,16 @@ class Scenario(Frozen):
     def joint(self) -> "Scenario":
         """The same experiment as joint training: one step a round, as many steps and the same budget in all."""
         steps = self.server.rounds * self.training.local_steps
-        training = self.training.model_copy(update={"algorithm": "fedavg", "local_steps": 1, "learning_rate": 1.0})
+        one_step = {"algorithm": "fedavg", "local_steps": 1, "learning_rate": 1.0, "prox_strength": 0.0}
+        training = self.training.model_copy(update=one_step)
         # 6 at momentum 0.9 did best for joint training in cross-validation over the training lenders of the loans.
-        outer = {"rounds": steps, "learning_rate": 6.0, "optimizer": "momentum", "momentum": 0.9}
+        outer = {
+            "rounds": steps,
+            "learning_rate": 6.0,
+            "optimizer": "momentum",
+            "momentum": 0.9,
+            "subtract_noise": False,
+        }
         server = self.server.model_copy(update=outer)
         return self.model_copy(update={"training": training, "server": server, "metrics": None})
 

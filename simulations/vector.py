@@ -4,6 +4,7 @@ For baselines and for checking the other engines: it must give their numbers.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,9 +13,11 @@ from client.training import meta_update
 from metarisk_common.initialisation import initial_params
 from metarisk_common.params import Params
 from metarisk_common.plan import Plan
+from metarisk_common.prior import LearnedPrior
 from metarisk_common.tasks import Task
-from server.optimizers import optimizer_for, rate_at
+from server import prior_sums
 from server.robust import aggregator_for
+from server.state import end_round, initial_state
 
 
 def train(
@@ -40,21 +43,42 @@ def train(
         The meta-parameters as float64 arrays.
 
     """
-    meta = {name: np.asarray(value, np.float64) for name, value in initial_params(plan, width).items()}
-    optimizer, aggregator = optimizer_for(plan.outer), aggregator_for(plan.outer)
-    state = optimizer.init(meta)
-    plan_hash = plan.hash()
+    return learn(plan, banks, sizes, width=width, seed=seed, on_round=on_round).meta_params
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a run leaves: the meta-parameters as float64 arrays and, where the plan asks, the learned prior."""
+
+    meta_params: Params
+    prior: LearnedPrior | None
+
+
+def learn(
+    plan: Plan,
+    banks: Mapping[str, list[Task]],
+    sizes: Mapping[str, int],
+    *,
+    width: int,
+    seed: int | None,
+    on_round: Callable[[int], None] | None = None,
+) -> Learned:
+    """Play a plan's rounds as `train` does, which names the arguments, and keep all that the server would."""
+    state = initial_state("", plan, initial_params(plan, width))
+    aggregator, prior = aggregator_for(plan.outer), prior_sums.init()
     for round_number in range(1, plan.outer.rounds + 1):
-        order = {name: np.asarray(value, plan.dtype) for name, value in meta.items()}
+        order = {name: np.asarray(value, plan.dtype) for name, value in state.meta_params.items()}
         total = aggregator.init(order)
         for name, tasks in banks.items():
             if seed is None:
                 rng = SecureRandom.from_system()
             else:
-                rng = SecureRandom.seeded(seed, name, plan_hash, round_number)
+                rng = SecureRandom.seeded(seed, name, state.plan_hash, round_number)
             update = meta_update(order, plan, tasks, declared_size=sizes[name], width=width, rng=rng)
             total = aggregator.add(total, update, sizes[name] if plan.outer.weighting == "declared_size" else 1)
-        state, meta = optimizer.apply(state, meta, aggregator.result(total), rate_at(plan.outer, round_number))
+            prior = prior_sums.add(prior, plan, round_number, name, update)
+        state = end_round(state, plan, round_number, aggregator.result(total), [sizes[name] for name in banks])
         if on_round is not None:
             on_round(round_number)
-    return meta
+    learned = prior_sums.result(prior, plan, sizes, state.meta_params) if plan.outer.learn_prior else None
+    return Learned(state.meta_params, learned)

@@ -46,6 +46,9 @@ def test_the_facts_are_those_of_the_plan(make: Any) -> None:
     assert facts["Who is protected"].startswith("Each record by itself.")
     assert "cut off at 0.7 (the clip norm)" in facts["Who is protected"]
     assert facts["How often"] == "12 rounds of 2 steps each, 24 in all; in each every record takes part."
+    halves = told(make(inner={"algorithm": "fomaml"}))[0]["How often"]
+    assert halves.startswith(f"{facts['How often']} They see about half of the records; the others judge their result")
+    assert "of each record by what it holds alone and for good, so none is used for both" in halves
     assert "10 times that limit" in facts["Noise"]
     assert "one update of 17 numbers" in facts["What leaves the bank"]
     assert "histograms" not in facts["What leaves the bank"]

@@ -14,6 +14,7 @@ from metarisk_common.evaluation import (
     EpisodeScore,
     EvaluationSet,
     Predictor,
+    crossover,
     paired_difference,
     run_episodes,
     share_harmed,
@@ -60,7 +61,7 @@ def silent(_part: str, _rows: Array, _y: Array) -> None:
 def scores_of(table: dict[tuple[str, str, int], list[float]]) -> list[EpisodeScore]:
     """Episodes from (method, institution, k) to the AUC of each draw; the other metrics follow from it."""
     return [
-        EpisodeScore(institution, k, draw, method, auc, auc / 2, 1 - auc, (1 - auc) / 2)
+        EpisodeScore(institution, k, draw, method, auc, auc / 2, 1 - auc, (1 - auc) / 2, auc / 10)
         for (method, institution, k), values in table.items()
         for draw, auc in enumerate(values)
     ]
@@ -268,3 +269,26 @@ def test_harm_is_a_loss_beyond_the_tolerance() -> None:
     assert share_harmed(scores, "m", 50, tolerance=0.0) == 0.75
     assert share_harmed(scores, "m", 50, tolerance=0.015) == 0.25
     assert share_harmed(scores, "m", 0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("lows", "labels", "words"),
+    [
+        ({10: 0.04, 20: 0.02, 50: -0.01}, 40, "about 40"),
+        ({0: -1.0, 10: 0.04, 20: 0.0}, 20, "about 20"),
+        ({50: 0.02, 10: -0.01}, 10, "at most 10"),
+        ({10: 0.04, 200: 0.01}, None, "beyond 200"),
+        ({10: 0.04, 20: None, 50: 0.1}, 20, "about 20"),
+    ],
+)
+def test_the_crossover_is_where_the_lower_end_reaches_nothing(
+    lows: dict[int, float | None], labels: float | None, words: str
+) -> None:
+    found = crossover({k: {"mean": 0.1, "ci95": [low, None if low is None else 0.2]} for k, low in lows.items()})
+    assert found.labels == (None if labels is None else pytest.approx(labels))
+    assert str(found) == words
+
+
+def test_a_crossover_needs_labels() -> None:
+    with pytest.raises(ValueError, match="one k above 0"):
+        crossover({0: {"mean": 0.1, "ci95": [0.0, 0.2]}})

@@ -96,3 +96,25 @@ def test_one_outcome_has_no_ranking(outcome: int) -> None:
 def test_what_cannot_be_scored_is_refused(y: list[int], p: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metrics.score_all(np.array(y), np.array(p))
+
+
+def test_calibration_of_true_probabilities_is_nothing_on_average_however_few_the_records() -> None:
+    generator = np.random.default_rng(3)
+    figures = []
+    for _ in range(3000):
+        p = generator.uniform(0.05, 0.6, 40)
+        figures.append(metrics.calibration(generator.random(40) < p, p))
+    error = np.std(figures) / np.sqrt(len(figures))
+    assert abs(np.mean(figures)) < 3 * error
+    assert error < 0.001
+    # Without the correction it would be the variance of a share of ten records: 0.02.
+
+
+def test_calibration_finds_a_base_rate_that_is_wrong() -> None:
+    generator = np.random.default_rng(4)
+    p = generator.uniform(0.1, 0.5, 50_000)
+    y = generator.random(50_000) < p
+    assert np.sqrt(metrics.calibration(y, p + 0.1)) == pytest.approx(0.1, abs=0.01)
+    assert metrics.calibration(y, p) == pytest.approx(0, abs=1e-4)
+    with pytest.raises(ValueError, match="two records"):
+        metrics.calibration(np.array([1]), np.array([0.5]))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from metarisk_common.errors import ConfigError
 from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan, ScoreHistograms, read_plan
-from metarisk_common.schema import CategoricalColumn, Encoding, Label, NumericColumn, Schema
+from metarisk_common.schema import CategoricalColumn, Encoding, Interactions, Label, NumericColumn, Schema
 
 FULL: dict[str, Any] = {
     "name": "test",
@@ -52,6 +52,11 @@ SMALL: dict[str, Any] = {
     },
     "mechanism": {"noise_multiplier": 1.0},
 }
+PROX = {"algorithm": "prox", "prox_strength": 0.25}
+CORRECTED = {
+    "optimizer": "yogi", "subtract_noise": True, "learn_prior": True, "warmup_rounds": 2, "tail_averaging": 0.25,
+}  # fmt: skip
+INTERACTIONS = {"trees": 30, "depth": 2, "share": 0.25, "seed": 3, "leave_out": ["amount"]}
 TRIMMED = {"weighting": "equal", "aggregator": "trimmed_mean", "trim": 0.25}
 CHOICES = (
     "scorecard", "mlp", "reptile", "fedavg", "institution", "segment", "sgd", "momentum", "adam", "constant", "linear",
@@ -118,10 +123,14 @@ def test_the_hash_changes_with(place: Place, value: Any) -> None:
 def test_no_field_was_forgotten() -> None:
     """Every field of every part of a plan is set above and stands in what is hashed."""
     models: list[type[BaseModel]] = [
-        Plan, Schema, ModelSpec, InnerLoop, Mechanism, OuterLoop, ScoreHistograms, Label, Encoding, NumericColumn,
-        CategoricalColumn,
+        Plan, Schema, ModelSpec, InnerLoop, Mechanism, OuterLoop, ScoreHistograms, Label, Encoding, Interactions,
+        NumericColumn, CategoricalColumn,
     ]  # fmt: skip
-    texts = (ALL.to_json(), of_outer(TRIMMED).to_json())  # No one aggregator has use for every field.
+    # No one aggregator, and no one algorithm, has use for every field.
+    texts = (
+        ALL.to_json(), of_outer(TRIMMED).to_json(), of_outer(CORRECTED).to_json(),
+        Plan.model_validate({**SMALL, "inner": PROX}).to_json(), of_interactions(INTERACTIONS).to_json(),
+    )  # fmt: skip
     hashed = {str(part) for text in texts for place, _ in leaves(json.loads(text)) for part in place}
     assert {name for model in models for name in model.model_fields} <= hashed
     given = {place for place, _ in leaves(FULL)} | {("protocol",)}
@@ -130,6 +139,27 @@ def test_no_field_was_forgotten() -> None:
 
 def of_outer(outer: dict[str, Any]) -> Plan:
     return Plan.model_validate({**SMALL, "outer": outer})
+
+
+def of_interactions(interactions: dict[str, Any]) -> Plan:
+    return Plan.model_validate({**SMALL, "data": {**SMALL["data"], "encoding": {"interactions": interactions}}})
+
+
+@pytest.mark.parametrize("name", INTERACTIONS)
+def test_the_hash_changes_with_each_constant_of_the_trees(name: str) -> None:
+    others = {key: value for key, value in INTERACTIONS.items() if key != name}
+    assert (
+        len({Plan.model_validate(SMALL).hash(), of_interactions(INTERACTIONS).hash(), of_interactions(others).hash()})
+        == 3
+    )
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_the_hash_changes_with_what_the_optimizer_is_told(name: str) -> None:
+    without = {key: value for key, value in CORRECTED.items() if key != name}
+    if name == "optimizer":
+        without["optimizer"] = "adam"
+    assert of_outer(CORRECTED).hash() != of_outer(without).hash()
 
 
 def test_the_hash_changes_with_the_aggregator_and_what_it_is_told() -> None:
@@ -247,7 +277,8 @@ def test_tasks_and_steps() -> None:
         (("model", "base_rate"), 1, "base_rate"),
         (("inner", "local_steps"), 0, "local_steps"),
         (("inner", "learning_rate"), float("inf"), "learning_rate"),
-        (("inner", "algorithm"), "maml", "algorithm"),
+        (("inner", "algorithm"), "magic", "algorithm"),
+        (("inner", "algorithm"), "maml", "cannot be private"),
         (("outer", "rounds"), 0, "rounds"),
         (("outer", "learning_rate"), 0, "learning_rate"),
         (("outer", "momentum"), 1, "momentum"),

@@ -10,9 +10,11 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from metarisk_common.algorithms import ALGORITHMS
+from metarisk_common.models import to_arrays, to_tensors
 from metarisk_common.params import Params, scale
 from metarisk_common.plan import Plan
 from metarisk_common.privacy import PrivacyEvent
+from metarisk_common.tasks import Episode
 from metarisk_common.wire import (
     EvaluateOrder,
     EvaluateReport,
@@ -49,13 +51,18 @@ def quadratics() -> list[Quadratic]:
 
 
 def report_of(order: TrainOrder, plan: Plan, task: Quadratic, name: str) -> TrainReport:
-    dtype = order.meta_params["theta"].dtype
+    dtype, as_torch = order.meta_params["theta"].dtype, plan.inner.second_order
     a, c = task.a.astype(dtype), task.c.astype(dtype)
+    if as_torch:
+        a, c = to_tensors({"a": a, "c": c}).values()
 
     def gradient(params: Params, _: object) -> Params:
         return {"theta": a @ (params["theta"] - c)}
 
-    update = ALGORITHMS[plan.inner.algorithm](order.meta_params, [task], gradient, plan.inner)
+    meta = to_tensors(order.meta_params) if as_torch else order.meta_params
+    work: Any = Episode(task, task) if plan.inner.by_episode else task
+    update = ALGORITHMS[plan.inner.algorithm](meta, [work], gradient, plan.inner)
+    update = to_arrays(update) if as_torch else update
     mechanism = plan.mechanism
     event = PrivacyEvent(
         "poisson_gaussian", mechanism.noise_multiplier, mechanism.sample_rate, plan.inner.local_steps, ""

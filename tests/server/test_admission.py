@@ -151,16 +151,26 @@ PLANS = {
     "mlp by segment, nearly all noise": plan(
         model={"kind": "mlp", "hidden": [30]}, mechanism={"noise_multiplier": 500.0}, inner={"task": "segment"}
     ),
+    "prox by segment": plan(
+        inner={"task": "segment", "algorithm": "prox", "prox_strength": 2.0, "local_steps": 6, "learning_rate": 0.5}
+    ),
+    "first-order maml": plan(inner={"algorithm": "fomaml", "learning_rate": 0.01}),
+    "first-order maml by segment, nearly all noise": plan(
+        inner={"algorithm": "fomaml", "task": "segment", "learning_rate": 3.0}, mechanism={"noise_multiplier": 500.0}
+    ),
+    "anil by segment": plan(
+        model={"kind": "mlp", "hidden": [6, 4]}, inner={"algorithm": "anil", "task": "segment", "local_steps": 2}
+    ),
     "no noise": plan(mechanism={"noise_multiplier": 0.0, "sample_rate": 1.0}),
     "double precision": plan(dtype="float64", mechanism={"noise_multiplier": 30.0}),
 }
 
 
 def data(chosen: Plan, rows: int, seed: int, *, alike: bool) -> list[Task]:
-    """Random records; or all of them the same and mispredicted, so that their gradients add up."""
+    """Random records; or all of them nearly the same and mispredicted, so that their gradients add up."""
     random = np.random.default_rng(seed)
     width = Encoder(chosen.data).width
-    x = np.ones((rows, width)) if alike else random.normal(size=(rows, width))
+    x = random.normal(1.0, 1e-3, (rows, width)) if alike else random.normal(size=(rows, width))
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(chosen.dtype)
     y = (np.ones(rows) if alike else random.integers(0, 2, rows)).astype(chosen.dtype)
     tensors = to_tensors({"x": x, "y": y})

@@ -1,21 +1,21 @@
 """Every baseline learns what it should from what it may see, and the initialization adapts as promised."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pytest
-import torch
 from scipy.special import expit
 
 from metarisk_common.adaptation import map_logistic
+from metarisk_common.adapters import predict
 from metarisk_common.errors import DataError
 from metarisk_common.evaluation import EvaluationSet, Method, run_episodes, summarise
 from metarisk_common.features import Encoder
-from metarisk_common.metrics import auc
-from metarisk_common.models import forward
+from metarisk_common.initialisation import param_shapes
+from metarisk_common.metrics import auc, log_loss
+from metarisk_common.plan import ModelSpec
 from metarisk_common.schema import Schema
 from simulations.baselines import (
     Initialization,
@@ -147,27 +147,39 @@ def test_pooled_models_ignore_the_labels_and_see_what_one_bank_cannot() -> None:
 def test_the_initialization_is_itself_without_labels_and_map_with_them() -> None:
     own = bank("a", 5)
     weights = np.random.default_rng(0).normal(size=(own.x.shape[1],))
-    method = Initialization("reptile-no-dp", weights, tau2=0.5)
+    method = Initialization("reptile-no-dp", weights, method="prox", prior_variance=0.5)
     start = method.fit(own.x[:0], own.raw[:0], own.y[:0])(own.x, own.raw)
     assert start == pytest.approx(expit(own.x.astype(np.float64) @ weights))
     adapted = map_logistic(weights, own.x[:50], own.y[:50], tau2=0.5)
     found = method.fit(own.x[:50], own.raw[:50], own.y[:50])(own.x, own.raw)
     assert found == pytest.approx(expit(own.x.astype(np.float64) @ adapted))
-    fixed = Initialization("joint", weights, tau2=0.0)
+    fixed = Initialization("joint", weights, method="none")
     assert np.array_equal(fixed.fit(own.x[:50], own.raw[:50], own.y[:50])(own.x, own.raw), start)
 
 
-@pytest.mark.parametrize("k", [0, 30])
-def test_a_torch_scorecard_adapts_like_the_exact_one(k: int) -> None:
+@pytest.mark.parametrize("method", ["intercept", "head", "prox", "prior", "auto"])
+def test_a_scorecards_weights_and_its_parameters_are_one_method(method: str) -> None:
     own = bank("a", 6)
     weights = np.random.default_rng(1).normal(size=(own.x.shape[1],))
-    model = torch.nn.Sequential(torch.nn.Linear(own.x.shape[1], 1, bias=False), torch.nn.Flatten(0))
-    params = {"0.weight": torch.tensor(weights, dtype=torch.float32)[None]}
-    general = ModelInitialization("torch", partial(forward, model), params, strength=2.0)
-    exact = Initialization("exact", weights, tau2=0.5)
-    arguments = own.x[:k], own.raw[:k], own.y[:k]
-    assert general.fit(*arguments)(own.x, own.raw) == pytest.approx(exact.fit(*arguments)(own.x, own.raw), abs=1e-5)
-    assert torch.equal(params["0.weight"][0], torch.tensor(weights, dtype=torch.float32))
+    prior = np.linspace(0, 1, weights.size)
+    params = {"points.weight": weights[None].astype(np.float32)}
+    weights = params["points.weight"][0]
+    support = own.x[:30], own.raw[:30], own.y[:30]
+    one = Initialization("weights", weights, method, 0.5, prior).fit(*support)(own.x, own.raw)
+    other = ModelInitialization("params", ModelSpec(), params, method, 0.5, prior).fit(*support)(own.x, own.raw)
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, expit(own.x.astype(np.float64) @ weights))
+
+
+def test_a_network_adapts_by_itself() -> None:
+    own = bank("a", 7)
+    spec = ModelSpec(kind="mlp", hidden=(4,))
+    generator = np.random.default_rng(2)
+    params = {name: generator.normal(size=shape) for name, shape in param_shapes(spec, own.x.shape[1]).items()}
+    method = ModelInitialization("network", spec, params)
+    none, some = (method.fit(own.x[:k], own.raw[:k], own.y[:k])(own.x[100:], own.raw[100:]) for k in (0, 100))
+    assert np.array_equal(none, predict(spec, params, own.x[100:]))
+    assert log_loss(own.y[100:], some) < log_loss(own.y[100:], none)
 
 
 def test_all_methods_run_in_one_experiment_and_knowledge_pays() -> None:
