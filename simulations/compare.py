@@ -141,7 +141,7 @@ def work(job: Job) -> None:
     torch.set_num_threads(1)
     judging = job.loaded.comparison.evaluation
     world = open_world(job.loaded.base_path)
-    sets = judged_sets(world, job.part, judging)
+    sets = judged_sets(world, job.part, judging, world.scenario.columns if job.plan is None else job.plan.data)
     names = {cell: cell.key.method for cell in job.cells}
     if job.plan is None:
         methods = {job.cells[0]: _baselines(job)}

@@ -17,6 +17,7 @@ from client.training import tasks_for
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.evaluation import EvaluationSet
 from metarisk_common.plan import Plan
+from metarisk_common.schema import Schema
 from metarisk_common.table import check_table, labels, segments, split_by_institution
 from metarisk_common.tasks import Task
 
@@ -37,8 +38,8 @@ class World:
     tables: Mapping[str, pl.DataFrame]
     where: str
     digest: str
-    encoded: dict[tuple[str, tuple[str, ...]], Dataset] = field(default_factory=dict)
-    judged: dict[tuple[str, tuple[str, ...]], EvaluationSet] = field(default_factory=dict)
+    encoded: dict[tuple[str, tuple[str, ...], str], Dataset] = field(default_factory=dict)
+    judged: dict[tuple[str, tuple[str, ...], str], EvaluationSet] = field(default_factory=dict)
 
 
 def open_world(scenario_path: Path) -> World:
@@ -104,11 +105,11 @@ def declared_sizes(world: World, part: Part) -> dict[str, int]:
 
 def training_tasks(world: World, part: Part, plan: Plan) -> dict[str, list[Task]]:
     """Return each lender's tasks as its client builds them."""
-    tasks = {}
+    tasks, encoding = {}, plan.data.fingerprint()
     for name, table in training_tables(world, part).items():
-        place = name, part.segments
+        place = name, part.segments, encoding
         if place not in world.encoded:
-            world.encoded[place] = from_frame(table, world.scenario.columns, name, world.where)
+            world.encoded[place] = from_frame(table, plan.data, name, world.where)
         tasks[name] = tasks_for(plan, world.encoded[place])
     return tasks
 
@@ -120,27 +121,29 @@ def pooled(world: World, part: Part) -> tuple[np.ndarray, np.ndarray]:
     return raw_matrix(together, schema, world.where).values, labels(together, schema.label, world.where)
 
 
-def judged_sets(world: World, part: Part, judging: Judging) -> list[EvaluationSet]:
+def judged_sets(world: World, part: Part, judging: Judging, schema: Schema) -> list[EvaluationSet]:
     """Return the records that methods are judged on, by lender or by lender and segment, but for those too small.
+
+    `schema` is the scenario's, or a method's that encodes the same columns in another way.
 
     Raises:
         DataError: all are too small.
 
     """
-    schema, small = world.scenario.columns, too_small(world, part, judging)
+    small, encoding = too_small(world, part, judging), schema.fingerprint()
     fitting = {name: table for name, table in _judged_tables(world, part).items() if name not in small}
     if not fitting:
         raise DataError(
             f"{world.where}: nobody has {judging.min_judged} records to be judged on beyond {max(judging.k)} labels, "
             "and 2 of each class; ask for smaller k, or a smaller evaluation.min_judged"
         )
-    new = [name for name in fitting if (name, part.segments) not in world.judged]
+    new = [name for name in fitting if (name, part.segments, encoding) not in world.judged]
     if new:
         # A set is called after its lender and segment, which stand in the column of lenders for as long.
         named = [fitting[name].with_columns(pl.lit(name).alias(schema.institution)) for name in new]
         for made in results.evaluation_sets(pl.concat(named), schema, world.where):
-            world.judged[made.institution, part.segments] = made
-    return [world.judged[name, part.segments] for name in sorted(fitting)]
+            world.judged[made.institution, part.segments, encoding] = made
+    return [world.judged[name, part.segments, encoding] for name in sorted(fitting)]
 
 
 def too_small(world: World, part: Part, judging: Judging) -> list[str]:

@@ -37,6 +37,8 @@ class Overrides(Frozen):
     server: dict[str, Any] = Field(default_factory=dict)
     model: dict[str, Any] = Field(default_factory=dict)
     privacy: dict[str, Any] = Field(default_factory=dict)
+    encoding: dict[str, Any] = Field(default_factory=dict)
+    """Of the scenario's `[schema.encoding]`: the same columns, made inputs in another way."""
 
     @field_validator("privacy")
     @classmethod
@@ -203,7 +205,8 @@ class Loaded:
         ]
         for change in changes:
             for section in Overrides.model_fields:
-                values[section] = {**values[section], **getattr(change, section)}
+                place = values["schema"] if section == "encoding" else values
+                place[section] = {**place[section], **getattr(change, section)}
         values["privacy"]["epsilon"] = epsilon
         values["metrics"] = None
         return validate(values, Scenario, where=where)

@@ -207,7 +207,7 @@ def test_evaluate_prints_episodes_and_summary_and_nothing_else(call: Call, finis
         (name, k, draw, "dp-reptile") for name in unseen for k in (0, 20) for draw in range(3)
     }
     for item in answer["episodes"]:
-        assert set(item) == {"institution", "k", "draw", "method", "auc", "ks", "log_loss", "brier"}
+        assert set(item) == {"institution", "k", "draw", "method", "auc", "ks", "log_loss", "brier", "calibration"}
     assert set(answer["summary"]) == {"dp-reptile"}
     assert set(answer["summary"]["dp-reptile"]) == {"0", "20"}
     for found in answer["summary"]["dp-reptile"].values():

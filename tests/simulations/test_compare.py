@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
@@ -199,7 +201,7 @@ def test_a_segment_that_is_held_out_is_in_no_training_table(
     assert {name: sum(len(task.y) for task in own) for name, own in tasks.items()} == {
         name: table.height for name, table in tables.items()
     }
-    sets = judged_sets(world, part, loaded.comparison.evaluation)
+    sets = judged_sets(world, part, loaded.comparison.evaluation, world.scenario.columns)
     assert {item.institution for item in sets} <= {f"{name} / car" for name in tables}
     for item in sets:
         name = item.institution.removesuffix(" / car")
@@ -207,6 +209,36 @@ def test_a_segment_that_is_held_out_is_in_no_training_table(
     wrong = write(tmp_path, make_scenario, make_loans(), text.replace('["car"]', '["boat"]'))
     with pytest.raises(ConfigError, match="no record of the table is of segment 'boat'"):
         carry_out(wrong, tmp_path / "out")
+
+
+def test_a_method_may_make_other_inputs_of_the_same_records(
+    tmp_path: Path, make_scenario: Callable[..., Path], make_loans: Callable[..., pl.DataFrame]
+) -> None:
+    text = (
+        TOML.replace("epsilons = [2, inf]", "epsilons = [inf]")
+        + """
+[methods.trees]
+like = "reptile"
+encoding = { interactions = { trees = 5, depth = 2 } }
+"""
+    )
+    loaded = write(tmp_path, make_scenario, make_loans(lenders=6, rows=130), text)
+    world = open_world(loaded.base_path)
+    part = parts_of(loaded, list(world.tables))[0]
+    plain, wide = (
+        judged_sets(world, part, loaded.comparison.evaluation, loaded.scenario(name, math.inf).columns)
+        for name in ("reptile", "trees")
+    )
+    for one, other in zip(plain, wide, strict=True):
+        assert one.institution == other.institution
+        assert other.x.shape[1] == one.x.shape[1] + 5 * 4
+        np.testing.assert_array_equal(one.y, other.y)
+    outcome = carry_out(loaded, tmp_path / "out")
+    scored = {
+        method: [score.auc for key, scores in outcome.scores.items() if key.method == method for score in scores]
+        for method in ("reptile", "twin", "trees")
+    }
+    assert scored["reptile"] == scored["twin"] != scored["trees"]
 
 
 def test_whoever_is_too_small_is_left_out_and_named(
