@@ -48,7 +48,6 @@ SGD_LEARNING_RATE: Final = 2.0
 # for the loss of a fit that follows its labels that closely is itself an uncertain thing.
 _CHARGE_NONE = 1.0
 _CHARGE_INTERCEPT = 1.0
-_CHARGE_PRIOR = 1.0
 _CHARGE_WIDE, _WIDE = 2.0, 10 / 3
 _CHARGE_WIDEST, _WIDEST, _WIDEST_ERRORS = 3.0, 40 / 3, 2.0
 
@@ -99,7 +98,8 @@ def adapt_params(
         y: (k,) outcomes 0 and 1; they may be all the same.
         method: one of `METHODS`.
         prior_variance: tau2 of each weight for `head` and `prox`, and of the narrow prior of `auto`.
-        prior: (width,) tau2 of each input of a scorecard, from `LearnedPrior.variances`; one candidate more for `auto`.
+        prior: (width,) tau2 of each input of a scorecard, from `LearnedPrior.variances`. `auto` leaves it aside:
+            in cross-validation on the loans it was chosen too often, and cost AUC.
         steps: of `sgd`.
         learning_rate: of `sgd`.
 
@@ -123,7 +123,7 @@ def adapt_params(
         return Adapted(_prox(spec, start, rows, outcome, prior_variance), method, 1.0 / prior_variance)
     head = _Head(spec, start, rows)
     if method == "auto":
-        return _auto(spec, head, outcome, prior_variance, learned)
+        return _auto(spec, head, outcome, prior_variance)
     if method == "intercept":
         tau2, strength = head.variances(0.0, INTERCEPT_TAU2), 1.0 / INTERCEPT_TAU2
     elif method == "head":
@@ -181,8 +181,8 @@ class _Head:
         return {**self.params, "head.weight": weights[None, :-1], "head.bias": weights[-1:]}
 
 
-def _auto(spec: ModelSpec, head: _Head, y: Vector, variance: float, learned: Vector | None) -> Adapted:
-    candidates = _candidates(head, variance, learned) if spec.kind == "scorecard" else _tangents(spec, head, variance)
+def _auto(spec: ModelSpec, head: _Head, y: Vector, variance: float) -> Adapted:
+    candidates = _candidates(head, variance) if spec.kind == "scorecard" else _tangents(spec, head, variance)
     found = choose(candidates, y)
     method, strength = found.candidate.method, found.candidate.strength
     if spec.kind == "mlp" and method == "prox" and strength is not None:
@@ -192,7 +192,7 @@ def _auto(spec: ModelSpec, head: _Head, y: Vector, variance: float, learned: Vec
     return Adapted(params, method, strength, found.losses)
 
 
-def _candidates(head: _Head, variance: float, learned: Vector | None) -> list[Candidate]:
+def _candidates(head: _Head, variance: float) -> list[Candidate]:
     """Ways to adapt a scorecard, the narrow prior first."""
     candidate = partial(Candidate, inputs=head.inputs, weights=head.weights)
 
@@ -200,17 +200,13 @@ def _candidates(head: _Head, variance: float, learned: Vector | None) -> list[Ca
         variances = head.variances(tau2, INTERCEPT_TAU2)
         return candidate(label, "head", 1 / tau2, tau2=variances, charge=charge, errors=errors)
 
-    found = [
+    return [
         candidate("prox", "prox", 1 / variance, tau2=np.full(head.weights.shape, variance)),
         _unmoved(head),
         free("head", variance, _CHARGE_INTERCEPT),
         free("head, wide", variance * _WIDE, _CHARGE_WIDE),
         free("head, widest", variance * _WIDEST, _CHARGE_WIDEST, _WIDEST_ERRORS),
     ]
-    if learned is not None:
-        share = PRIOR_SHARE * learned
-        found.append(candidate("prior", "prior", 1 / PRIOR_SHARE, tau2=share, charge=_CHARGE_PRIOR))
-    return found
 
 
 def _tangents(spec: ModelSpec, head: _Head, variance: float) -> list[Candidate]:
