@@ -26,6 +26,7 @@ from torch import Tensor
 
 from metarisk_common.errors import MetariskError
 from metarisk_common.features import Encoder
+from metarisk_common.interactions import INTERACTIONS
 from metarisk_common.models import build, forward, to_tensors
 from metarisk_common.params import Params
 from metarisk_common.plan import ModelSpec
@@ -51,7 +52,8 @@ class Facts:
     """The columns of the table, as reasons are given: each is one or more columns of the schema.
 
     Attributes:
-        columns: for each fact, positions of its columns in the schema.
+        columns: for each fact, positions of its columns in the schema; of the leaves of `encoding.interactions`, which
+            each ask several columns, none: together they are the last fact.
         of_input: (width,) which fact each input belongs to; of the intercept, the number of facts.
         reference: (width,) float64 inputs of the reference.
 
@@ -72,10 +74,14 @@ class Facts:
             for fact, positions in enumerate(by_source.values())
             for position in positions
         }
-        of_input = np.array([fact_of[group] for group in encoder.groups[:-1]] + [len(by_source)], np.int64)
+        columns = tuple(map(tuple, by_source.values()))
+        if INTERACTIONS in encoder.groups:
+            fact_of[INTERACTIONS] = len(columns)
+            columns = (*columns, ())
+        of_input = np.array([fact_of[group] for group in encoder.groups[:-1]] + [len(columns)], np.int64)
         reference = np.zeros(encoder.width)
         reference[-1] = np.float32(schema.encoding.intercept)  # as the encoder gives it
-        return cls(tuple(map(tuple, by_source.values())), of_input, reference)
+        return cls(columns, of_input, reference)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from .artifacts import NO_CLAIM, Model
 from .explain import MOST_REASONS, Explained, Facts, explain_rows
 from .points import PointScale
 from .reasons import fact_names, fact_titles, fact_values, reason_text
-from .score import POINTS, PROBABILITY, Scored, beside, check_kept, input_columns, refuse_unfit
-from .stream import BATCH_ROWS, Fit, Sink, Source
+from .score import POINTS, PROBABILITY, Scored, check_kept, input_columns, write_found
+from .stream import BATCH_ROWS, Fit, Source
 
 
 @dataclass(frozen=True)
@@ -114,25 +114,20 @@ def explain_file(
     """Score every row of a table, with its reasons and how stable each is; arguments and errors as of `score_file`."""
     schema, where = model.plan.data, str(path)
     check_kept(kept, (PROBABILITY, POINTS, *reason_columns()))
-    source = Source(path, tuple(dict.fromkeys([*kept, *input_columns(schema)])))
-    encoder, fit, chosen = Encoder(schema), Fit(schema), scale or model.manifest.points
+    encoder, chosen = Encoder(schema), scale or model.manifest.points
     facts = Facts.of(schema, encoder)
-    with Sink(out) as sink:
-        for frame in source.batches(batch_rows):
-            fits = fit.look(frame, where)
-            if keep_going or not fit.unfit:
-                fitting = frame.filter(fits)
-                explained = explain_rows(model, facts, encoder.encode(fitting, where)[0])
-                found = {
-                    PROBABILITY: pl.Series(values=explained.probabilities),
-                    POINTS: pl.Series(values=chosen.points(explained.logits)),
-                }
-                found |= _reason_series(schema, facts, explained, fitting, where)
-                sink.write(beside(frame.select(kept), found, fits))
-            if on_rows is not None:
-                on_rows(fit.rows, source.total(fit.rows))
-        refuse_unfit(fit, where, keep_going=keep_going)
-    return Scored(fit.rows, fit.rows - fit.unfit, dict(fit.columns))
+
+    def find(frame: pl.DataFrame) -> dict[str, pl.Series]:
+        explained = explain_rows(model, facts, encoder.encode(frame, where)[0])
+        return {
+            PROBABILITY: pl.Series(values=explained.probabilities),
+            POINTS: pl.Series(values=chosen.points(explained.logits)),
+            **_reason_series(schema, facts, explained, frame, where),
+        }
+
+    return write_found(
+        schema, path, out, find, kept=kept, keep_going=keep_going, batch_rows=batch_rows, on_rows=on_rows
+    )
 
 
 def reason_columns() -> tuple[str, ...]:

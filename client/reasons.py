@@ -11,12 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from metarisk_common.interactions import INTERACTIONS
 from metarisk_common.schema import NumericColumn, Schema
 from metarisk_common.table import categories, numbers
 
 from .explain import Facts
 
 MISSING: Final = "missing"
+TOGETHER: Final = "Several columns together"
+"""Title of what the leaves of `encoding.interactions` do: it belongs to no column alone."""
+COMBINED: Final = "as they are combined here"
 
 _GROUPED_FROM: Final = 10_000
 """Numbers from here on have commas between thousands; below lie the years, which have none."""
@@ -24,13 +28,16 @@ _GROUPED_FROM: Final = 10_000
 
 def fact_names(schema: Schema, facts: Facts) -> tuple[str, ...]:
     """Name each fact for machines: by the first of its columns."""
-    return tuple(schema.columns[positions[0]].name for positions in facts.columns)
+    return tuple(schema.columns[positions[0]].name if positions else INTERACTIONS for positions in facts.columns)
 
 
 def fact_titles(schema: Schema, facts: Facts) -> tuple[str, ...]:
     """Name each fact for people: by the first of its columns that has a title, else by its name."""
     columns = [[schema.columns[position] for position in positions] for positions in facts.columns]
-    return tuple(next((column.title for column in group if column.title), group[0].name) for group in columns)
+    return tuple(
+        next((column.title for column in group if column.title), group[0].name) if group else TOGETHER
+        for group in columns
+    )
 
 
 def fact_values(
@@ -42,6 +49,8 @@ def fact_values(
         DataError: a cell does not fit the schema.
 
     """
+    if not facts.columns[fact]:
+        return [COMBINED] * int(rows.sum())
     column = schema.columns[facts.columns[fact][0]]
     chosen = pl.Series(values=rows)
     if isinstance(column, NumericColumn):

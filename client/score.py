@@ -89,20 +89,43 @@ def score_file(
         DataError: the table cannot be read or lacks a column; or rows of it do not fit, counted to the last.
 
     """
-    schema, where = model.plan.data, str(path)
     check_kept(kept, RESERVED)
-    source = Source(path, tuple(dict.fromkeys([*kept, *input_columns(schema)])))
-    encoder, fit, chosen = Encoder(schema), Fit(schema), scale or model.manifest.points
+    encoder, chosen = Encoder(model.plan.data), scale or model.manifest.points
+
+    def find(frame: pl.DataFrame) -> dict[str, pl.Series]:
+        probabilities, points = score_rows(model, encoder, frame, chosen, str(path))
+        return {PROBABILITY: pl.Series(values=probabilities), POINTS: pl.Series(values=points)}
+
+    return write_found(
+        model.plan.data, path, out, find, kept=kept, keep_going=keep_going, batch_rows=batch_rows, on_rows=on_rows
+    )
+
+
+def write_found(
+    schema: Schema,
+    path: Path,
+    out: Path,
+    find: Callable[[pl.DataFrame], dict[str, pl.Series]],
+    *,
+    kept: tuple[str, ...],
+    keep_going: bool,
+    batch_rows: int,
+    on_rows: Callable[[int, int], None] | None,
+) -> Scored:
+    """Write what is found of every row beside the columns that are kept, batch by batch.
+
+    `find` takes rows that fit `schema` and gives new columns of them; the rest, and the errors, are `score_file`'s.
+    """
+    where = str(path)
+    source, fit = Source(path, tuple(dict.fromkeys([*kept, *input_columns(schema)]))), Fit(schema)
     with Sink(out) as sink:
         for frame in source.batches(batch_rows):
             fits = fit.look(frame, where)
             if keep_going or not fit.unfit:
-                probabilities, points = score_rows(model, encoder, frame.filter(fits), chosen, where)
-                found = {PROBABILITY: pl.Series(values=probabilities), POINTS: pl.Series(values=points)}
-                sink.write(beside(frame.select(kept), found, fits))
+                sink.write(_beside(frame.select(kept), find(frame.filter(fits)), fits))
             if on_rows is not None:
                 on_rows(fit.rows, source.total(fit.rows))
-        refuse_unfit(fit, where, keep_going=keep_going)
+        _refuse_unfit(fit, where, keep_going=keep_going)
     return Scored(fit.rows, fit.rows - fit.unfit, dict(fit.columns))
 
 
@@ -123,7 +146,7 @@ def check_kept(kept: tuple[str, ...], reserved: tuple[str, ...]) -> None:
         raise ConfigError(f"column '{taken[0]}' cannot be kept, for the output has one of that name; rename it first")
 
 
-def refuse_unfit(fit: Fit, where: str, *, keep_going: bool) -> None:
+def _refuse_unfit(fit: Fit, where: str, *, keep_going: bool) -> None:
     """Raise where rows do not fit, unless they are to be left without a score.
 
     Raises:
@@ -137,12 +160,12 @@ def refuse_unfit(fit: Fit, where: str, *, keep_going: bool) -> None:
         )
 
 
-def beside(kept: pl.DataFrame, found: dict[str, pl.Series], fits: pl.Series) -> pl.DataFrame:
+def _beside(kept: pl.DataFrame, found: dict[str, pl.Series], fits: pl.Series) -> pl.DataFrame:
     """Put what was found of the rows that fit beside columns of all rows."""
-    return pl.DataFrame([*kept.get_columns(), *(spread(values, fits).alias(name) for name, values in found.items())])
+    return pl.DataFrame([*kept.get_columns(), *(_spread(values, fits).alias(name) for name, values in found.items())])
 
 
-def spread(values: pl.Series, fits: pl.Series) -> pl.Series:
+def _spread(values: pl.Series, fits: pl.Series) -> pl.Series:
     """Put values of the rows that fit, in order, among nulls for those that do not: `(rows,)`."""
     if fits.all():
         return values

@@ -4,7 +4,8 @@
 than anything else does. `head` moves the last layer, of a scorecard everything, the intercept under a wide prior of its
 own. `sgd` takes full-batch gradient steps on the mean log-loss (Finn et al. 2017, equation 1). `prox` is the maximum a
 posteriori under one prior variance for every parameter (Liu et al. 2022), `prior` the same under variances learned from
-what banks released. `auto` chooses among them, and how far each goes, by the labels' own leave-one-out log-loss.
+what banks released. `auto` chooses among all but the last and `sgd`, and how far each goes, by the labels' own
+leave-one-out log-loss.
 
 What comes out depends on the records without noise: it carries no DP claim and stays inside the bank.
 """
@@ -37,8 +38,8 @@ INTERCEPT_TAU2: Final = 0.5
 """Prior variance of the intercept, as a logit, where it is free to find the base rate."""
 
 PRIOR_SHARE: Final = 0.1
-"""Share of the learned variances that `prior` takes. In cross-validation over the training lenders of the loans a tenth
-does as well as the best constant; a half harms every second lender, for `prior` overstates what goes together."""
+"""Share of the learned variances that `prior` takes: a tenth, for they are overstated where columns go together. On the
+loans even that does harm after joint training, as `compare simulations/compare_loans.toml` shows."""
 
 SGD_STEPS: Final = 5
 SGD_LEARNING_RATE: Final = 2.0

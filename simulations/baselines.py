@@ -177,24 +177,6 @@ class ModelInitialization:
         return partial(_predict, self.spec, adapted.params)
 
 
-@dataclass(frozen=True)
-class Initialization:
-    """The same for a scorecard's `weights: (width,)` on the encoded inputs, the intercept's last."""
-
-    name: str
-    weights: Matrix
-    method: str = "auto"
-    prior_variance: float = DEFAULT_TAU2
-    prior: Matrix | None = None
-    needs_support: ClassVar[bool] = False
-
-    def fit(self, x: Matrix, raw: Matrix, y: Matrix) -> Predictor:
-        """Adapt to `x: (k, width)`."""
-        params = {"points.weight": np.asarray(self.weights, np.float64)[None]}
-        model = ModelInitialization(self.name, ModelSpec(), params, self.method, self.prior_variance, self.prior)
-        return model.fit(x, raw, y)
-
-
 def _predict(spec: ModelSpec, params: Params, x: Matrix, _raw: Matrix) -> Matrix:
     return predict(spec, params, x)
 

@@ -15,8 +15,6 @@ import polars as pl
 
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.evaluation import Crossover, EvaluationSet, Method, Predictor, crossover
-from metarisk_common.features import Encoder
-from metarisk_common.prior import LearnedPrior
 from metarisk_common.privacy import epsilon
 from metarisk_common.table import require_columns
 
@@ -143,7 +141,7 @@ def judge(
         )
     adapting = Adapting(method=adaptation, prior_variance=run.scenario.evaluation.prior_variance)
     methods: list[Method] = [
-        shared(SHARED, run.plan.model, params, adapting, _prior(run)),
+        shared(SHARED, run.plan.model, params, adapting, results.learned_prior(run)),
         _Guess(),
         baselines.LocalLogistic(),
         baselines.LocalLogisticBinned(),
@@ -252,12 +250,6 @@ def _own_records(run: RunFolder, frame: pl.DataFrame, institution: str, where: s
             )
     frame = frame.with_columns(pl.lit(institution).alias(schema.institution))
     return results.evaluation_sets(frame, schema, where)[0]
-
-
-def _prior(run: RunFolder) -> Matrix | None:
-    """Return the prior variance of each input where the run's last record tells it."""
-    learned = run.journal()[-1].get("learned_prior")
-    return None if learned is None else LearnedPrior.from_json(learned).variances(Encoder(run.plan.data).groups)
 
 
 def _cost(run: RunFolder, records: int) -> Cost:

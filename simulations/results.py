@@ -126,6 +126,13 @@ def measure(
     return Results(scores, metrics, main)
 
 
+def learned_prior(run: RunFolder) -> np.ndarray | None:
+    """Return (width,) variances of a scorecard's weights where the run's plan has let the server learn them."""
+    records = run.journal()
+    found = records[-1].get("learned_prior") if records else None
+    return None if found is None else LearnedPrior.from_json(found).variances(Encoder(run.plan.data).groups)
+
+
 def save_results(run: RunFolder, results: Results) -> None:
     """Write `metrics.json` and `episodes.json` into the run's folder."""
     write_atomically(run.path / "metrics.json", json.dumps(results.metrics, indent=1).encode())
@@ -160,21 +167,12 @@ def _methods(run: RunFolder, found: Mapping[str, Params]) -> tuple[list[Method],
 
 
 def _initialization(run: RunFolder, name: str, params: Params) -> Method:
-    evaluation = run.scenario.evaluation
-    return baselines.ModelInitialization(
-        name, run.plan.model, params, evaluation.adaptation, evaluation.prior_variance, _learned_prior(run)
-    )
-
-
-def _learned_prior(run: RunFolder) -> np.ndarray | None:
-    """Return (width,) variances of a scorecard's weights where the run's plan has let the server learn them."""
-    records = run.journal()
-    found = records[-1].get("learned_prior") if records and run.plan.model.kind == "scorecard" else None
-    if found is not None:
-        return LearnedPrior.from_json(found).variances(Encoder(run.scenario.columns).groups)
-    if run.scenario.evaluation.adaptation == "prior":
+    evaluation, prior = run.scenario.evaluation, learned_prior(run)
+    if evaluation.adaptation == "prior" and prior is None:
         raise ConfigError(f'{run.path}: adaptation = "prior" needs a scorecard, and a plan that learns a prior')
-    return None
+    return baselines.ModelInitialization(
+        name, run.plan.model, params, evaluation.adaptation, evaluation.prior_variance, prior
+    )
 
 
 def _pool(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:

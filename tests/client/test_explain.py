@@ -12,6 +12,7 @@ import pytest
 from client.artifacts import Labels, Method, Model, ModelManifest, Origin, write_model
 from client.cli import app
 from client.explain import Facts, attribute, explain_rows, top_reasons
+from client.explanation import explain_file, explain_record
 from client.points import PointScale
 from client.reasons import fact_names, fact_titles, number_text
 from metarisk_common.adapters import predict
@@ -45,8 +46,11 @@ def titled(plan: Plan) -> Plan:
 
 @pytest.fixture
 def model(tmp_path: Path, titled: Plan) -> Callable[..., Model]:
-    def write(spec: ModelSpec = titled.model, draws: int = 5, *, alike: bool = False) -> Model:
-        plan = titled.model_copy(update={"model": spec})
+    def write(spec: ModelSpec = titled.model, draws: int = 5, *, alike: bool = False, trees: int = 0) -> Model:
+        values = json.loads(titled.to_json()) | {"model": spec.model_dump(mode="json")}
+        if trees:
+            values["data"]["encoding"]["interactions"] = {"trees": trees, "depth": 2}
+        plan = Plan.model_validate(values)
         width = Encoder(plan.data).width
         manifest = ModelManifest(
             name="loans", institution="Lender A", created="2026-11-23T10:00:00+00:00",
@@ -90,8 +94,11 @@ def test_contributions_sum_to_the_difference_from_the_reference(
     np.testing.assert_allclose(explained.probabilities, probability, atol=within)
 
 
-def test_a_scorecards_contributions_are_weight_times_input(model: Callable[..., Model], frame: pl.DataFrame) -> None:
-    adapted = model()
+@pytest.mark.parametrize("trees", [0, 8])
+def test_a_scorecards_contributions_are_weight_times_input(
+    model: Callable[..., Model], frame: pl.DataFrame, trees: int
+) -> None:
+    adapted = model(trees=trees)
     encoder = Encoder(adapted.plan.data)
     facts = Facts.of(adapted.plan.data, encoder)
     x, _ = encoder.encode(frame)
@@ -182,6 +189,22 @@ def test_a_record_is_explained_in_plain_words(
     assert code == 0
     assert f"row 3: {said['points']} points" in out
     assert said["reasons"][0]["text"] in out
+
+
+@pytest.mark.parametrize("spec", [ModelSpec(), MLP], ids=["scorecard", "mlp"])
+def test_what_columns_do_together_is_a_reason_of_its_own(
+    model: Callable[..., Model], frame: pl.DataFrame, tmp_path: Path, spec: ModelSpec
+) -> None:
+    adapted = model(spec, trees=8)
+    table, out = tmp_path / "some.csv", tmp_path / "out.csv"
+    frame.write_csv(table)
+    found = explain_record(adapted, table, row=3)
+    (together,) = [part for part in found.columns if part.name == "interactions"]
+    assert together.text.startswith("Several columns together: as they are combined here (")
+    assert sum(part.logit for part in found.columns) == pytest.approx(found.logit - found.reference_logit, abs=1e-5)
+    explain_file(adapted, table, out)
+    reasons = pl.read_csv(out).select(pl.col("^reason_.*$").str.contains("Several columns together")).sum().row(0)
+    assert sum(count or 0 for count in reasons) > 0
 
 
 def test_numbers_read_as_people_write_them() -> None:

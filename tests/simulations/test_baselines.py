@@ -18,7 +18,6 @@ from metarisk_common.metrics import auc, log_loss
 from metarisk_common.plan import ModelSpec
 from metarisk_common.schema import Schema
 from simulations.baselines import (
-    Initialization,
     LocalLightGBM,
     LocalLogistic,
     LocalLogisticBinned,
@@ -144,31 +143,21 @@ def test_pooled_models_ignore_the_labels_and_see_what_one_bank_cannot() -> None:
         assert auc(later.y, predictor(later.x, later.raw)) > 0.75
 
 
+def shared(name: str, weights: np.ndarray, **how: Any) -> ModelInitialization:
+    return ModelInitialization(name, ModelSpec(), {"points.weight": weights[None]}, **how)
+
+
 def test_the_initialization_is_itself_without_labels_and_map_with_them() -> None:
     own = bank("a", 5)
     weights = np.random.default_rng(0).normal(size=(own.x.shape[1],))
-    method = Initialization("reptile-no-dp", weights, method="prox", prior_variance=0.5)
+    method = shared("reptile-no-dp", weights, method="prox", prior_variance=0.5)
     start = method.fit(own.x[:0], own.raw[:0], own.y[:0])(own.x, own.raw)
     assert start == pytest.approx(expit(own.x.astype(np.float64) @ weights))
     adapted = map_logistic(weights, own.x[:50], own.y[:50], tau2=0.5)
     found = method.fit(own.x[:50], own.raw[:50], own.y[:50])(own.x, own.raw)
     assert found == pytest.approx(expit(own.x.astype(np.float64) @ adapted))
-    fixed = Initialization("joint", weights, method="none")
+    fixed = shared("joint", weights, method="none")
     assert np.array_equal(fixed.fit(own.x[:50], own.raw[:50], own.y[:50])(own.x, own.raw), start)
-
-
-@pytest.mark.parametrize("method", ["intercept", "head", "prox", "prior", "auto"])
-def test_a_scorecards_weights_and_its_parameters_are_one_method(method: str) -> None:
-    own = bank("a", 6)
-    weights = np.random.default_rng(1).normal(size=(own.x.shape[1],))
-    prior = np.linspace(0, 1, weights.size)
-    params = {"points.weight": weights[None].astype(np.float32)}
-    weights = params["points.weight"][0]
-    support = own.x[:30], own.raw[:30], own.y[:30]
-    one = Initialization("weights", weights, method, 0.5, prior).fit(*support)(own.x, own.raw)
-    other = ModelInitialization("params", ModelSpec(), params, method, 0.5, prior).fit(*support)(own.x, own.raw)
-    assert np.array_equal(one, other)
-    assert not np.array_equal(one, expit(own.x.astype(np.float64) @ weights))
 
 
 def test_a_network_adapts_by_itself() -> None:
@@ -186,7 +175,7 @@ def test_all_methods_run_in_one_experiment_and_knowledge_pays() -> None:
     train = [bank(str(seed), seed) for seed in range(20, 26)]
     x, raw, y = (np.concatenate([getattr(one, part) for one in train]) for part in ("x", "raw", "y"))
     weights = map_logistic(np.zeros(x.shape[1]), x, y, tau2=10.0)
-    methods = [*LOCAL, pooled_logistic(raw, y), pooled_lightgbm(raw, y), Initialization("shared", weights)]
+    methods = [*LOCAL, pooled_logistic(raw, y), pooled_lightgbm(raw, y), shared("shared", weights)]
     unseen = [bank(f"unseen {seed}", seed) for seed in range(30, 34)]
     found = summarise(run_episodes(unseen, methods, [0, 20, 100], draws=2, seed=0))
     assert set(found) == {
