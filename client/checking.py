@@ -16,7 +16,7 @@ from metarisk_common.errors import DataError, RefusedError
 from metarisk_common.features import ColumnCounts, Encoder
 from metarisk_common.initialisation import meta_shapes
 from metarisk_common.plan import Plan
-from metarisk_common.schema import NumericColumn, Schema
+from metarisk_common.schema import NumericColumn, NumericLabel, Schema
 from metarisk_common.table import check_identifiers, check_table, check_two_classes, usable_rows
 
 from .charges import charges_of
@@ -186,13 +186,14 @@ def plan_cost(institution: Institution, plan: Plan, cap: float | None) -> tuple[
 
 def _unfit(frame: pl.DataFrame, schema: Schema, where: str) -> Iterator[Unfit]:
     """Ask for one column at a time which rows it would leave out, all others being as they should."""
-    outcome = pl.lit(str(schema.label.positive)).alias(schema.label.name)
+    fitting = schema.label.centre if isinstance(schema.label, NumericLabel) else str(schema.label.positive)
+    outcome = pl.lit(fitting).alias(schema.label.name)
     bare = schema.model_copy(update={"columns": (), "identifier": None, "privacy_unit": None})
 
     def count(table: pl.DataFrame, update: dict[str, object]) -> int:
         return int((~usable_rows(table, bare.model_copy(update=update), where)).sum())
 
-    found = [Unfit(schema.label.name, NO_OUTCOME, count(frame, {}))]
+    found = [Unfit(schema.label.name, NO_NUMBER if schema.regression else NO_OUTCOME, count(frame, {}))]
     found += [
         Unfit(key, NO_KEY, count(frame.with_columns(outcome), {"identifier": key}))
         for key in dict.fromkeys(filter(None, (schema.identifier, schema.privacy_unit)))

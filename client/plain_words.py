@@ -12,7 +12,7 @@ from typing import Final
 
 from metarisk_common.plan import OuterLoop, Plan
 from metarisk_common.privacy import PrivacyEvent, epsilon
-from metarisk_common.schema import Schema
+from metarisk_common.schema import NumericLabel, Schema
 
 from .chain import Budget
 from .forecast import for_plan
@@ -196,16 +196,18 @@ def _aggregated(outer: OuterLoop) -> str:
 
 def _learned(plan: Plan) -> str:
     label = plan.data.label
-    outcome = f"{label.title or label.name} = {label.positive}"
+    outcome, what = label.title or label.name, ""
+    if not isinstance(label, NumericLabel):
+        outcome, what = f"{outcome} = {label.positive}", "the chance that "
     if plan.model.kind == "scorecard":
         model = "a scorecard, which adds up one number for each input"
     else:
         widths = " and ".join(str(width) for width in plan.model.hidden)
         model = f"a small neural network with hidden layers of {widths}"
     if plan.inner.algorithm == "fedavg":
-        return f"One model, shared by all banks, of the chance that {outcome}: {model}."
+        return f"One model, shared by all banks, of {what}{outcome}: {model}."
     return (
-        f"A shared starting point, from which each bank can adapt a model of the chance that {outcome} to its own "
+        f"A shared starting point, from which each bank can adapt a model of {what}{outcome} to its own "
         f"records: {model}."
     )
 

@@ -259,13 +259,17 @@ def _check_json(data: Check, cost: PlanCheck, plan: Plan, declared_size: int) ->
     }
 
 
+def _positives(data: Check, plan: Plan) -> str:
+    if plan.data.regression:
+        return ""
+    return f", {data.positives:,} with {plan.data.label.name} = {plan.data.outcome.positive}"
+
+
 def _print_check(data: Check, cost: PlanCheck, plan: Plan, name: str) -> None:
     """Show it all, for the bank's eyes only."""
-    outcome, unit = escape(f"{plan.data.label.name} = {plan.data.label.positive}"), plan.data.privacy_unit
+    unit = plan.data.privacy_unit
     units = "" if unit is None else f" of {data.units:,} {unit}"
-    title = (
-        escape(f"{name}: {data.rows:,} rows, {data.used:,} would be used{units}, {data.positives:,} with ") + outcome
-    )
+    title = escape(f"{name}: {data.rows:,} rows, {data.used:,} would be used{units}{_positives(data, plan)}")
     columns = _table_of(title, "column", "missing", "below bounds", "above bounds", "unknown categories")
     for column, counts in data.columns.items():
         met = (counts.missing, counts.clipped_below, counts.clipped_above, counts.unknown_categories)

@@ -134,7 +134,7 @@ class Fit:
     def _usable(frame: pl.DataFrame, schema: Schema, where: str) -> pl.Series:
         inputs = {"segment": None, "segments": (), "identifier": None, "privacy_unit": None}
         bare = schema.model_copy(update=inputs)
-        outcome = pl.lit(str(schema.label.positive)).alias(schema.label.name)
+        outcome = pl.lit(str(schema.outcome.positive)).alias(schema.label.name)
         return usable_rows(frame.with_columns(outcome), bare, where)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from metarisk_common.algorithms import ALGORITHMS
-from metarisk_common.models import DTYPES, build, record_losses, to_arrays, to_tensors
+from metarisk_common.models import DTYPES, build, record_loss, to_arrays, to_tensors
 from metarisk_common.params import Params
 from metarisk_common.plan import Plan
 from metarisk_common.tasks import Episode, Task, tasks_of
@@ -59,16 +59,16 @@ def meta_update(
     """
     inner, mechanism = plan.inner, plan.mechanism
     algorithm = ALGORITHMS[inner.algorithm]
-    model = build(plan.model, width, plan.dtype)
+    model, loss = build(plan.model, width, plan.dtype), record_loss(plan.model)
     batch = mechanism.sample_rate * declared_size / len(tasks) / (2 if inner.by_episode else 1)
     start = to_tensors(meta_params)
     episodes = [episode_of(task) for task in tasks] if inner.by_episode else []
     if inner.second_order:
         grad_fn = differentiable_gradient(
-            model, record_losses, sample_rate=mechanism.sample_rate, expected_batch_size=batch, rng=rng
+            model, loss, sample_rate=mechanism.sample_rate, expected_batch_size=batch, rng=rng
         )
         return to_arrays(algorithm(start, episodes, grad_fn, inner))
-    grads_fn = private_gradients(model, record_losses, mechanism=mechanism, expected_batch_size=batch, rng=rng)
+    grads_fn = private_gradients(model, loss, mechanism=mechanism, expected_batch_size=batch, rng=rng)
     if inner.algorithm == "fedavg":
 
         def mean_gradient(params: Params, tasks: list[Task]) -> Params:

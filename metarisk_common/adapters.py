@@ -22,12 +22,12 @@ import torch
 from scipy.special import expit
 from torch.func import grad, vmap
 
-from .adaptation import DEFAULT_TAU2, adapt, map_logistic
+from .adaptation import DEFAULT_TAU2, adapt, map_linear, map_logistic
 from .initialisation import RATE, model_params, param_shapes
-from .models import build, forward, record_losses, to_arrays, to_tensors
+from .models import build, forward, record_losses, squared_losses, to_arrays, to_tensors
 from .params import Params
 from .plan import ModelSpec
-from .selection import Candidate, choose
+from .selection import Candidate, choose, choose_width
 
 Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float64]
@@ -51,6 +51,10 @@ _CHARGE_NONE = 1.0
 _CHARGE_INTERCEPT = 1.0
 _CHARGE_WIDE, _WIDE = 2.0, 10 / 3
 _CHARGE_WIDEST, _WIDEST, _WIDEST_ERRORS = 3.0, 40 / 3, 2.0
+
+
+# Of a number, what the given prior variance is multiplied with; 0 leaves the initialization alone.
+_NUMBER_WIDTHS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def adapt_params(
     start = {name: np.asarray(value, np.float64) for name, value in model_params(params).items()}
     rows, outcome = np.asarray(x, np.float64), np.asarray(y, np.float64)
     _check(spec, start, rows, outcome)
+    number = spec.loss == "squared"
     learned = None if prior is None else np.asarray(prior, np.float64)
     _check_settings(spec, method, prior_variance, learned, rows.shape[1])
     if method == "none" or not len(outcome):
@@ -124,7 +129,7 @@ def adapt_params(
         return Adapted(_prox(spec, start, rows, outcome, prior_variance), method, 1.0 / prior_variance)
     head = _Head(spec, start, rows)
     if method == "auto":
-        return _auto(spec, head, outcome, prior_variance)
+        return (_auto_number if number else _auto)(spec, head, outcome, prior_variance)
     if method == "intercept":
         tau2, strength = head.variances(0.0, INTERCEPT_TAU2), 1.0 / INTERCEPT_TAU2
     elif method == "head":
@@ -133,11 +138,12 @@ def adapt_params(
         tau2, strength = PRIOR_SHARE * learned, 1.0 / PRIOR_SHARE
     else:
         tau2, strength = np.full(head.weights.shape, prior_variance), 1.0 / prior_variance
-    return Adapted(head.with_weights(map_logistic(head.weights, head.inputs, outcome, tau2=tau2)), method, strength)
+    fit = map_linear if number else map_logistic
+    return Adapted(head.with_weights(fit(head.weights, head.inputs, outcome, tau2=tau2)), method, strength)
 
 
 def predict(spec: ModelSpec, params: Params, x: Array) -> Vector:
-    """Probabilities of the positive outcome.
+    """Probabilities of the positive outcome; under `loss = "squared"` the number, in the label's standardised unit.
 
     Args:
         spec: the model.
@@ -149,7 +155,8 @@ def predict(spec: ModelSpec, params: Params, x: Array) -> Vector:
 
     """
     head = _Head(spec, params, np.asarray(x, np.float64))
-    return np.asarray(expit(head.inputs @ head.weights), np.float64)
+    outputs = head.inputs @ head.weights
+    return np.asarray(outputs if spec.loss == "squared" else expit(outputs), np.float64)
 
 
 class _Head:
@@ -191,6 +198,16 @@ def _auto(spec: ModelSpec, head: _Head, y: Vector, variance: float) -> Adapted:
     else:
         params = head.params if method == "none" else head.with_weights(found.weights)
     return Adapted(params, method, strength, found.losses)
+
+
+def _auto_number(spec: ModelSpec, head: _Head, y: Vector, variance: float) -> Adapted:
+    """Of a number: the prior variance of the last layer by exact leave-one-out, among a range around the one given."""
+    tried = tuple(variance * factor for factor in _NUMBER_WIDTHS)
+    tau2, losses = choose_width(head.weights, head.inputs, y, tried)
+    if tau2 == 0.0:
+        return Adapted(head.params, "none", None, losses)
+    weights = map_linear(head.weights, head.inputs, y, tau2=tau2)
+    return Adapted(head.with_weights(weights), "prox" if spec.kind == "scorecard" else "head", 1.0 / tau2, losses)
 
 
 def _candidates(head: _Head, variance: float) -> list[Candidate]:
@@ -251,7 +268,10 @@ def _gradients(spec: ModelSpec, params: Params, x: Vector) -> Vector:
 def _prox(spec: ModelSpec, params: Params, x: Vector, y: Vector, tau2: float) -> Params:
     model = build(spec, x.shape[1], "float64")
     inputs, outcome = torch.from_numpy(x), torch.from_numpy(y)
-    return to_arrays(adapt(partial(forward, model), to_tensors(params), inputs, outcome, strength=1.0 / tau2))
+    loss = squared_losses if spec.loss == "squared" else record_losses
+    return to_arrays(
+        adapt(partial(forward, model), to_tensors(params), inputs, outcome, strength=1.0 / tau2, loss=loss)
+    )
 
 
 def _sgd(spec: ModelSpec, params: Params, x: Vector, y: Vector, *, rates: Mapping[str, Vector], steps: int) -> Params:
@@ -260,7 +280,8 @@ def _sgd(spec: ModelSpec, params: Params, x: Vector, y: Vector, *, rates: Mappin
     values, rate = to_tensors(params), to_tensors(dict(rates))
     for _ in range(steps):
         free = {name: value.requires_grad_() for name, value in values.items()}
-        loss = record_losses(forward(model, free, inputs), outcome).mean()
+        losses = squared_losses if spec.loss == "squared" else record_losses
+        loss = losses(forward(model, free, inputs), outcome).mean()
         gradients = torch.autograd.grad(loss, list(free.values()))
         values = {
             name: (value - rate[name] * gradient).detach()
@@ -277,7 +298,9 @@ def _check(spec: ModelSpec, params: Params, x: Vector, y: Vector) -> None:
         raise ValueError(f"the initialization does not fit {x.shape[1]} inputs: expected {shapes}, found {found}")
     if not (np.isfinite(x).all() and all(np.isfinite(value).all() for value in params.values())):
         raise ValueError("x and the initialization must be finite")
-    if not np.isin(y, (0.0, 1.0)).all():
+    if spec.loss == "squared" and not np.isfinite(y).all():
+        raise ValueError("y must be finite")
+    if spec.loss != "squared" and not np.isin(y, (0.0, 1.0)).all():
         raise ValueError("y may hold only 0 and 1")
 
 

@@ -49,7 +49,7 @@ def initial_params(plan: Plan, width: int) -> Params:
         NumPy arrays in the plan's dtype, named and shaped as `meta_shapes` says.
 
     """
-    logit = math.log(plan.model.base_rate / (1 - plan.model.base_rate))
+    logit = _start(plan.model)
     generator = np.random.default_rng(plan.model.init_seed)
     params: Params = {}
     for name, shape in meta_shapes(plan, width).items():
@@ -65,3 +65,8 @@ def initial_params(plan: Plan, width: int) -> Params:
             array[...] = generator.uniform(-bound, bound, shape)
         params[name] = array
     return params
+
+
+def _start(spec: ModelSpec) -> float:
+    """Where the output starts: at the public base rate's logit, or at the centre of a label that is a number."""
+    return 0.0 if spec.loss == "squared" else math.log(spec.base_rate / (1 - spec.base_rate))

@@ -4,6 +4,9 @@ Both end in one logit a record. The constant intercept input that the encoder ap
 scorecard's bias, so that every parameter's gradient is covered by the one bound on an input row's norm.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -75,6 +78,30 @@ def forward(model: nn.Module, params: Params, x: Tensor) -> Tensor:
 def record_losses(logits: Tensor, y: Tensor) -> Tensor:
     """Log-loss of each record, `(rows,)`; `y` is 0 or 1 in the logits' dtype."""
     return functional.binary_cross_entropy_with_logits(logits, y, reduction="none")
+
+
+def squared_losses(outputs: Tensor, y: Tensor) -> Tensor:
+    """Half the squared error of each record, `(rows,)`; `y` in the label's standardised unit."""
+    return 0.5 * (outputs - y).square()
+
+
+def record_loss(spec: ModelSpec) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss of each record, `(outputs, y) -> (rows,)`, that a specification asks for."""
+    if spec.loss == "squared":
+        return squared_losses
+    if spec.positive_weight == 1:
+        return record_losses
+    return partial(weighted_losses, spec.positive_weight)
+
+
+def weighted_losses(weight: float, logits: Tensor, y: Tensor) -> Tensor:
+    """Log-loss of each record, `(rows,)`, with positives counted `weight` times.
+
+    Multiplying alone would teach the model a portfolio with as many times more positives. Its logits are those of the
+    true one plus log(weight) (King and Zeng 2001, "Logistic Regression in Rare Events Data", eq. 7), so that much is
+    added here and the model's own logits stay true. Gradients are clipped after it, so no record's bound is moved.
+    """
+    return record_losses(logits + math.log(weight), y) * (1.0 + (weight - 1.0) * y)
 
 
 def to_tensors(params: Params) -> Params:

@@ -29,6 +29,11 @@ class ModelSpec(Frozen):
     """Publicly known share of positives: where the output starts."""
     init_seed: int = Field(default=0, ge=0)
     """Public seed of the hidden layers' starting weights: every party must start from the same model."""
+    loss: Literal["logistic", "squared"] = "logistic"
+    """`squared` (half the squared error) is for a label that is a number; the output then starts at its centre."""
+    positive_weight: float = Field(default=1.0, gt=0, le=1e4, allow_inf_nan=False)
+    """What a positive record's log-loss is multiplied with: public, for outcomes that are rare. Scores stay the
+    probabilities that they are; see `models.weighted_losses`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -36,7 +41,13 @@ class ModelSpec(Frozen):
             raise ValueError("a scorecard has no hidden layers: leave out 'hidden' or set kind = \"mlp\"")
         if self.kind == "mlp" and (not self.hidden or min(self.hidden) < 1):
             raise ValueError("an mlp needs hidden = [width, ...] with positive widths")
+        if self.loss == "squared" and self.positive_weight != 1:
+            raise ValueError('positive_weight does nothing under loss = "squared", which knows no positives')
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return left_out_where_unused(handler(self), {"loss": "logistic", "positive_weight": 1.0})
 
 
 class InnerLoop(Frozen):
@@ -199,6 +210,15 @@ class Plan(Frozen):
         if self.inner.task == "segment" and not self.data.segments:
             raise ValueError('task = "segment" needs the schema to name a segment column and list its public segments')
         algorithm, mechanism = self.inner.algorithm, self.mechanism
+        if self.data.regression != (self.model.loss == "squared"):
+            raise ValueError(
+                'model.loss must be "squared" where the label is a number (kind = "numeric"), and "logistic" where it '
+                "has two outcomes"
+            )
+        if self.data.regression and self.metrics is not None:
+            raise ValueError("metrics are histograms of the scores of two outcomes, and this label is a number")
+        if self.data.regression and self.outer.learn_prior:
+            raise ValueError("learn_prior knows the curvature of the logistic loss only: leave it out for a number")
         if self.outer.learn_prior and self.model.kind != "scorecard":
             raise ValueError('learn_prior needs kind = "scorecard": a prior is told by the column that a weight is for')
         if self.outer.learn_prior and self.inner.by_episode:

@@ -9,9 +9,18 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from .config import Frozen
+from .errors import ConfigError
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -116,6 +125,42 @@ class Label(Frozen):
         return self
 
 
+class NumericLabel(Frozen):
+    """A number that is to be predicted (the logarithm of a variance, say), within public bounds.
+
+    Models learn `(value - centre) / scale`, both public: what the values lie around, and how far. A value outside the
+    bounds is clipped, so one record's label moves a gradient by no more than the bounds allow.
+    """
+
+    kind: Literal["numeric"]
+    name: Text
+    title: str = ""
+    unit: str = ""
+    lower: float = Field(allow_inf_nan=False)
+    upper: float = Field(allow_inf_nan=False)
+    centre: float = Field(allow_inf_nan=False)
+    scale: float = Field(gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.lower < self.upper:
+            raise ValueError("label: lower must be below upper")
+        if not self.lower <= self.centre <= self.upper:
+            raise ValueError("label: centre must lie within the bounds")
+        return self
+
+
+def _kind_of_label(value: object) -> str:
+    if isinstance(value, NumericLabel):
+        return "numeric"
+    return "numeric" if isinstance(value, dict) and "kind" in value else "binary"
+
+
+AnyLabel = Annotated[
+    Annotated[Label, Tag("binary")] | Annotated[NumericLabel, Tag("numeric")], Discriminator(_kind_of_label)
+]
+
+
 class Interactions(Frozen):
     """Trees drawn at random from public constants, whose leaves are inputs; see `metarisk_common.interactions`."""
 
@@ -154,7 +199,7 @@ class Schema(Frozen):
     one unit count as one, and at most `max_records_per_unit` of them are used. Without it each record is a unit.
     """
 
-    label: Label
+    label: AnyLabel
     institution: Text
     segment: Text | None = None
     segments: tuple[str, ...] = ()
@@ -195,6 +240,25 @@ class Schema(Frozen):
     @model_serializer(mode="wrap")
     def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return left_out_where_unused(handler(self), {"privacy_unit": None, "max_records_per_unit": 1})
+
+    @property
+    def regression(self) -> bool:
+        """Whether the label is a number, and not one of two outcomes."""
+        return isinstance(self.label, NumericLabel)
+
+    @property
+    def outcome(self) -> Label:
+        """The label, of which two values are known.
+
+        Raises:
+            ConfigError: it is a number.
+
+        """
+        if isinstance(self.label, NumericLabel):
+            raise ConfigError(
+                f"schema.label: '{self.label.name}' is a number to predict, and this works for one of two outcomes only"
+            )
+        return self.label
 
     @property
     def required(self) -> tuple[str, ...]:

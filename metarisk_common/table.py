@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from .errors import DataError
-from .schema import CategoricalColumn, Label, NumericColumn, Schema
+from .schema import CategoricalColumn, Label, NumericColumn, NumericLabel, Schema
 
 UNKNOWN_SEGMENT: Final = "unknown"
 """Segment of a record whose segment is missing."""
@@ -70,7 +70,7 @@ def usable_rows(frame: pl.DataFrame, schema: Schema, where: str) -> pl.Series:
                 fits = fits & ~other & ~values.is_infinite().fill_null(value=False)
             if column.missing == "refuse":
                 fits = fits & _quotient(frame, column, where).is_not_null()
-    fits = fits & _label_texts(frame, schema.label, where).is_in(_outcomes(schema.label)).fill_null(value=False)
+    fits = fits & _label_fits(frame, schema.label, where)
     for key in (schema.identifier, schema.privacy_unit):
         if key is not None:
             fits = fits & _texts(frame, key, where).is_not_null()
@@ -96,14 +96,13 @@ def units(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
 
 
 def check_two_classes(y: np.ndarray, where: str) -> None:
-    """Raise unless both outcomes occur in `y: (rows,)` of 0 and 1.
+    """Raise unless both outcomes occur in `y: (rows,)` of 0 and 1, or several values of a numeric label.
 
     Raises:
         DataError: every label is the same.
 
     """
-    positives = int(np.count_nonzero(y > 0.5))  # noqa: PLR2004 - halfway between the two labels
-    if positives in (0, len(y)):
+    if len(y) == 0 or (y == y[0]).all():
         raise DataError(
             f"{where}: every record has the same label (a lender with one class), so nothing can be learned or "
             "judged; use a longer period, or check the label's 'positive' and 'negative' in the schema",
@@ -180,13 +179,17 @@ def segments(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
     return _texts(frame, name, where).fill_null(UNKNOWN_SEGMENT)
 
 
-def labels(frame: pl.DataFrame, label: Label, where: str) -> np.ndarray:
+def labels(frame: pl.DataFrame, label: Label | NumericLabel, where: str) -> np.ndarray:
     """Read the labels, `(rows,) float32`: 1 where the cell is `label.positive`, 0 where it is `label.negative`.
+
+    Of a numeric label: the value, clipped to its bounds, less its centre, over its scale.
 
     Raises:
         DataError: the column is missing, or holds missing cells or any value but the two declared.
 
     """
+    if isinstance(label, NumericLabel):
+        return _numeric_labels(frame, label, where)
     text = _label_texts(frame, label, where)
     absent = text.null_count()
     if absent:
@@ -243,6 +246,27 @@ def check_identifiers(frame: pl.DataFrame, name: str, where: str) -> None:
             f"{where}: identifier column '{name}' repeats in {repeated} of {frame.height} rows, and a record that "
             "stands twice is protected half as well; keep one row for each record",
         )
+
+
+def _numeric_labels(frame: pl.DataFrame, label: NumericLabel, where: str) -> np.ndarray:
+    require_columns(frame, (label.name,), where)
+    _check_floats(frame, label.name, where)
+    values, _ = _read_floats(frame, label.name, where)
+    absent = values.null_count()
+    if absent:
+        raise DataError(
+            f"{where}: label column '{label.name}' is empty in {absent} of {frame.height} rows; "
+            "leave out the records whose outcome is not known yet",
+        )
+    standardised = (np.clip(values.to_numpy(), label.lower, label.upper) - label.centre) / label.scale
+    return np.asarray(standardised, dtype=np.float32)
+
+
+def _label_fits(frame: pl.DataFrame, label: Label | NumericLabel, where: str) -> pl.Series:
+    if isinstance(label, NumericLabel):
+        values, _ = _read_floats(frame, label.name, where)
+        return values.is_finite().fill_null(value=False)
+    return _label_texts(frame, label, where).is_in(_outcomes(label)).fill_null(value=False)
 
 
 def _outcomes(label: Label) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from metarisk_common.errors import ConfigError
 from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan, ScoreHistograms, read_plan
-from metarisk_common.schema import CategoricalColumn, Encoding, Interactions, Label, NumericColumn, Schema
+from metarisk_common.schema import CategoricalColumn, Encoding, Interactions, Label, NumericColumn, NumericLabel, Schema
 
 FULL: dict[str, Any] = {
     "name": "test",
@@ -57,6 +57,8 @@ CORRECTED = {
     "optimizer": "yogi", "subtract_noise": True, "learn_prior": True, "warmup_rounds": 2, "tail_averaging": 0.25,
 }  # fmt: skip
 INTERACTIONS = {"trees": 30, "depth": 2, "share": 0.25, "seed": 3, "leave_out": ["amount"]}
+NUMBER = {"kind": "numeric", "title": "Y", "unit": "logs", "lower": 0.0, "upper": 5.0, "centre": 1.0, "scale": 2.0}
+WEIGHTED = {"positive_weight": 20.0}
 TRIMMED = {"weighting": "equal", "aggregator": "trimmed_mean", "trim": 0.25}
 CHOICES = (
     "scorecard", "mlp", "reptile", "fedavg", "institution", "segment", "sgd", "momentum", "adam", "constant", "linear",
@@ -123,13 +125,14 @@ def test_the_hash_changes_with(place: Place, value: Any) -> None:
 def test_no_field_was_forgotten() -> None:
     """Every field of every part of a plan is set above and stands in what is hashed."""
     models: list[type[BaseModel]] = [
-        Plan, Schema, ModelSpec, InnerLoop, Mechanism, OuterLoop, ScoreHistograms, Label, Encoding, Interactions,
-        NumericColumn, CategoricalColumn,
+        Plan, Schema, ModelSpec, InnerLoop, Mechanism, OuterLoop, ScoreHistograms, Label, NumericLabel,
+        Encoding, Interactions, NumericColumn, CategoricalColumn,
     ]  # fmt: skip
     # No one aggregator, and no one algorithm, has use for every field.
     texts = (
         ALL.to_json(), of_outer(TRIMMED).to_json(), of_outer(CORRECTED).to_json(),
         Plan.model_validate({**SMALL, "inner": PROX}).to_json(), of_interactions(INTERACTIONS).to_json(),
+        of_number(NUMBER).to_json(), Plan.model_validate({**SMALL, "model": WEIGHTED}).to_json(),
     )  # fmt: skip
     hashed = {str(part) for text in texts for place, _ in leaves(json.loads(text)) for part in place}
     assert {name for model in models for name in model.model_fields} <= hashed
@@ -139,6 +142,12 @@ def test_no_field_was_forgotten() -> None:
 
 def of_outer(outer: dict[str, Any]) -> Plan:
     return Plan.model_validate({**SMALL, "outer": outer})
+
+
+def of_number(label: dict[str, Any]) -> Plan:
+    return Plan.model_validate(
+        {**SMALL, "data": {**SMALL["data"], "label": {"name": "y", **label}}, "model": {"loss": "squared"}}
+    )
 
 
 def of_interactions(interactions: dict[str, Any]) -> Plan:
