@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .compare_tables import Pair, Row, Table
 from .comparison import LOCAL, POOLED
-from .findings import ABSENT, fixed, interval, signed
+from .findings import ABSENT, fixed, signed
 
 STAMP = "NOT PRIVATE: a simulation whose noise comes from seeds, so that it can be repeated."
 _DIGITS = 4
@@ -23,6 +23,7 @@ def lines(table: Table) -> RenderableType:
         Text(f"{table['title']}: {table['split']}; {table['lenders']} judged, {table['draws']} draws, seeds "
              f"{', '.join(map(str, table['seeds']))}, delta {table['delta']:g}"),
         _grid(table, "AUC by number of labels, 95% intervals over lenders", _auc),
+        _grid(table, "Log-loss by number of labels", _log_loss),
         _grid(table, "Calibration error in percentage points, by number of labels", _calibration),
     ]  # fmt: skip
     for title, kind in (
@@ -97,9 +98,17 @@ def _grid(table: Table, title: str, cell: object) -> Grid:
 
 
 def _auc(row: Row) -> Text:
-    low, high = row["auc"]["ci95"]
-    half = "" if low is None or high is None else f"\u00b1{(high - low) / 2:.3f}"
-    return Text.assemble(fixed(row["auc"]["mean"], _DIGITS), "\n", (half, "dim"))
+    return Text.assemble(fixed(row["auc"]["mean"], _DIGITS), "\n", (_half(row["auc"]["ci95"]), "dim"))
+
+
+def _half(ends: Sequence[float | None]) -> str:
+    """Write half an interval's width: a row of them fits a terminal, and the intervals are even."""
+    low, high = ends
+    return "" if low is None or high is None else f"\u00b1{(high - low) / 2:.4f}"
+
+
+def _log_loss(row: Row) -> Text:
+    return Text(fixed(row["log_loss"], _DIGITS))
 
 
 def _calibration(row: Row) -> Text:
@@ -122,7 +131,7 @@ def _pair_grid(table: Table, title: str, pairs: Sequence[Pair]) -> Grid:
 
 
 def _difference(pair: Pair) -> Text:
-    return Text.assemble(signed(pair["mean"], _DIGITS), "\n", (interval(pair["ci95"], 3), "dim"))
+    return Text.assemble(signed(pair["mean"], _DIGITS), "\n", (_half(pair["ci95"]), "dim"))
 
 
 def _harm_grid(table: Table) -> Grid:
