@@ -66,7 +66,7 @@ $(installed): requirements.lock pyproject.toml
 # which build of that version a machine takes is its own matter.
 lock: ## resolve every dependency anew and write requirements.lock
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock/venv
-	@build/lock/venv/bin/python -m pip --disable-pip-version-check -q install setuptools -e '.[sim,ray,dev]'
+	@build/lock/venv/bin/python -m pip --disable-pip-version-check -q install setuptools -e '.[sim,ray,postgres,dev]'
 	@build/lock/venv/bin/python -m pip check
 	@{ sed -n '/^#/p;/^#/!q' requirements.lock; \
 		build/lock/venv/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//'; \

@@ -8,18 +8,18 @@ are averaged within one first, and intervals speak of institutions like these, n
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from .metrics import LOWER_IS_BETTER, METRICS, score_all
-from .tasks import few_shot_draw
+from .tasks import FewShotDraw, few_shot_draw
+from .yardsticks import CREDIT, YARDSTICKS, Yardstick
 
 Matrix = npt.NDArray[Any]
-Metric = Literal["auc", "ks", "log_loss", "brier", "calibration"]
+_LOWER_IS_BETTER = frozenset().union(*(each.lower_is_better for each in YARDSTICKS.values()))
 
 
 @dataclass(frozen=True)
@@ -27,35 +27,62 @@ class EvaluationSet:
     """One institution's records, held out from learning, in the two forms that methods ask for.
 
     `x: (rows, width) float32` encoded inputs of the federated model; `raw: (rows, columns) float64` inputs without
-    bins, NaN where missing, for baselines; `y: (rows,)` outcomes 0 and 1.
+    bins, NaN where missing, for baselines; `y: (rows,)` outcomes 0 and 1, or numbers. `extra`: (rows,) arrays by name
+    that the yardstick or the draw asks for: amounts, days.
     """
 
     institution: str
     x: Matrix
     raw: Matrix
     y: Matrix
+    extra: Mapping[str, Matrix] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EpisodeScore:
-    """How one method did on one institution's draw after `k` labels."""
+    """How one method did on one institution's draw after `k` labels; `values` by the yardstick's names of measures."""
 
     institution: str
     k: int
     draw: int
     method: str
-    auc: float
-    ks: float
-    log_loss: float
-    brier: float
-    calibration: float
+    values: Mapping[str, float]
+
+    def __getitem__(self, metric: str) -> float:
+        """Return one measure."""
+        return self.values[metric]
+
+    def __hash__(self) -> int:
+        """Hash what was judged, with the values in order."""
+        return hash((self.institution, self.k, self.draw, self.method, tuple(self.values.items())))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it flat: every measure beside what it is of."""
+        place = {"institution": self.institution, "k": self.k, "draw": self.draw, "method": self.method}
+        return {**place, **self.values}
+
+
+class DrawRule(Protocol):
+    """Which of an institution's records adapt and which judge."""
+
+    def __call__(
+        self, dataset: EvaluationSet, /, *, k_min: int, k_max: int, seed_parts: tuple[str | int, ...], where: str
+    ) -> FewShotDraw:
+        """Draw once; see `metarisk_common.tasks`."""
+
+
+def at_random(
+    dataset: EvaluationSet, *, k_min: int, k_max: int, seed_parts: tuple[str | int, ...], where: str
+) -> FewShotDraw:
+    """Draw as `few_shot_draw` does."""
+    return few_shot_draw(dataset.y, k_min=k_min, k_max=k_max, seed_parts=seed_parts, where=where)
 
 
 class Predictor(Protocol):
     """What a method becomes once it has seen its labels."""
 
     def __call__(self, x: Matrix, raw: Matrix, /) -> Matrix:
-        """Return `(rows,)` probabilities for records in both forms."""
+        """Return `(rows,)` probabilities, or forecasts in the label's units, for records in both forms."""
 
 
 class Method(Protocol):
@@ -80,16 +107,8 @@ class Estimate(TypedDict):
     ci95: list[float | None]
 
 
-class Summary(TypedDict):
-    """One method after k labels, over institutions."""
-
-    auc: Estimate
-    ks: Estimate
-    log_loss: Estimate
-    brier: Estimate
-    calibration: Estimate
-    worst_decile: dict[str, float]
-    institutions: int
+Summary = dict[str, Any]
+"""One method after k labels, over institutions: an `Estimate` for each measure, `worst_decile` and `institutions`."""
 
 
 class PairedDifference(TypedDict):
@@ -129,6 +148,8 @@ def run_episodes(
     *,
     draws: int,
     seed: int,
+    yardstick: Yardstick = CREDIT,
+    draw_rule: DrawRule = at_random,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[EpisodeScore]:
     """Score every method at every k on the same draws of every institution.
@@ -139,6 +160,8 @@ def run_episodes(
         ks: numbers of labels; 0 is the initialization as it stands. The supports are nested.
         draws: draws of each institution.
         seed: public seed; with the institution's name and the draw's number it fixes the draw.
+        yardstick: what to measure by.
+        draw_rule: how records to adapt to and to judge are chosen.
         on_progress: called with (draws done, draws in all).
 
     Raises:
@@ -156,42 +179,41 @@ def run_episodes(
     scores: list[EpisodeScore] = []
     for index, dataset in enumerate(datasets):
         for draw in range(draws):
-            chosen = few_shot_draw(
-                dataset.y,
+            chosen = draw_rule(
+                dataset,
                 k_min=min(positive),
                 k_max=max(positive),
                 seed_parts=(seed, dataset.institution, draw),
                 where=f"institution '{dataset.institution}'",
             )
             for method in methods:
-                found = _episode(dataset, chosen.support, chosen.query, method, ks)
-                scores.extend(EpisodeScore(dataset.institution, k, draw, method.name, **s) for k, s in found.items())
+                found = _episode(dataset, chosen, method, ks, yardstick)
+                scores.extend(EpisodeScore(dataset.institution, k, draw, method.name, s) for k, s in found.items())
             if on_progress is not None:
                 on_progress(index * draws + draw + 1, len(datasets) * draws)
     return scores
 
 
-def summarise(scores: Iterable[EpisodeScore]) -> dict[str, dict[str, Summary]]:
+def summarise(scores: Iterable[EpisodeScore], yardstick: Yardstick = CREDIT) -> dict[str, dict[str, Summary]]:
     """Summarise scores by method and by k as text, ready for JSON.
 
     Draws are averaged within an institution; the mean and the 95% interval (Student's t) are over institutions. The
-    worst decile is the mean over the tenth of the institutions (rounded up) with the lowest AUC.
+    worst decile is the mean over the tenth of the institutions (rounded up) with the lowest headline measure. A measure
+    that some institution has no figure of, for want of what it needs, is left out.
     """
     cells: dict[tuple[str, int], dict[str, list[EpisodeScore]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
         cells[score.method, score.k][score.institution].append(score)
     summary: dict[str, dict[str, Summary]] = {}
     for (method, k), by_institution in sorted(cells.items()):
+        every = [score for own in by_institution.values() for score in own]
+        metrics = [metric for metric in yardstick.metrics if all(metric in score.values for score in every)]
         values = {
-            metric: np.array([_mean(own, metric) for _, own in sorted(by_institution.items())]) for metric in METRICS
+            metric: np.array([_mean(own, metric) for _, own in sorted(by_institution.items())]) for metric in metrics
         }
         summary.setdefault(method, {})[str(k)] = {
-            "auc": estimate(values["auc"]),
-            "ks": estimate(values["ks"]),
-            "log_loss": estimate(values["log_loss"]),
-            "brier": estimate(values["brier"]),
-            "calibration": estimate(values["calibration"]),
-            "worst_decile": {"auc": worst_decile(values["auc"])},
+            **{metric: estimate(found) for metric, found in values.items()},
+            "worst_decile": {yardstick.headline: worst_decile(values[yardstick.headline])},
             "institutions": len(by_institution),
         }
     return summary
@@ -202,14 +224,14 @@ def paired_difference(
     method_a: str,
     method_b: str,
     k: int,
-    metric: Metric = "auc",
+    metric: str = CREDIT.headline,
     *,
     k_b: int | None = None,
 ) -> PairedDifference:
     """Compare `method_a` at `k` with `method_b` at `k_b` (the same k where none is given) on the same draws.
 
     Draws are averaged within an institution; mean and 95% interval (Student's t) are over institutions. The difference
-    is a less b in the metric's own unit; for log-loss and Brier a win is a difference below 0.
+    is a less b in the metric's own unit; where the smaller value is better, a win is a difference below 0.
 
     Raises:
         ValueError: the two were not scored, or not on the same draws.
@@ -224,7 +246,7 @@ def paired_difference(
         differences[institution].append(value - b[institution, draw])
     by_institution = {institution: float(np.mean(own)) for institution, own in differences.items()}
     values = np.array(list(by_institution.values()))
-    better = -values if metric in LOWER_IS_BETTER else values
+    better = -values if metric in _LOWER_IS_BETTER else values
     return {
         **estimate(values),
         "wins": int(np.count_nonzero(better > 0)),
@@ -233,14 +255,16 @@ def paired_difference(
     }
 
 
-def share_harmed(scores: Iterable[EpisodeScore], method: str, k: int, *, tolerance: float = 0.005) -> float:
-    """Share of draws on which adapting to k labels lowered the AUC by more than `tolerance` against k = 0.
+def share_harmed(
+    scores: Iterable[EpisodeScore], method: str, k: int, *, metric: str = CREDIT.headline, tolerance: float = 0.005
+) -> float:
+    """Share of draws on which adapting to k labels lowered the metric by more than `tolerance` against k = 0.
 
     Raises:
         ValueError: the method was not scored at both, on the same draws.
 
     """
-    after, before = _by_draw(scores := list(scores), method, k, "auc"), _by_draw(scores, method, 0, "auc")
+    after, before = _by_draw(scores := list(scores), method, k, metric), _by_draw(scores, method, 0, metric)
     if not after or after.keys() != before.keys():
         raise ValueError(f"'{method}' was not scored at k={k} and at k=0 on the same draws")
     return float(np.mean([before[key] - value > tolerance for key, value in after.items()]))
@@ -288,20 +312,22 @@ def worst_decile(values: npt.NDArray[np.float64]) -> float:
 
 
 def _episode(
-    dataset: EvaluationSet, support: Matrix, query: Matrix, method: Method, ks: Sequence[int]
+    dataset: EvaluationSet, chosen: FewShotDraw, method: Method, ks: Sequence[int], yardstick: Yardstick
 ) -> dict[int, dict[str, float]]:
+    query = chosen.query
     x, raw, y = dataset.x[query], dataset.raw[query], dataset.y[query]
+    extra = {name: values[query] for name, values in dataset.extra.items()}
     found: dict[int, dict[str, float]] = {}
     previous: tuple[Predictor, dict[str, float]] | None = None
     for k in ks:
         if k == 0 and method.needs_support:
             continue
-        rows = support[:k]
+        rows = chosen.support[:k]
         predictor = method.fit(dataset.x[rows], dataset.raw[rows], dataset.y[rows])
         # A method that ignores its labels returns one same predictor, whose scores on these records are known.
         if previous is None or predictor is not previous[0]:
             try:
-                previous = predictor, score_all(y, predictor(x, raw))
+                previous = predictor, yardstick.score(y, predictor(x, raw), extra)
             except ValueError as error:
                 raise ValueError(
                     f"method '{method.name}' at k={k} on institution '{dataset.institution}': {error}"
@@ -310,16 +336,16 @@ def _episode(
     return found
 
 
-def _by_draw(scores: Iterable[EpisodeScore], method: str, k: int, metric: Metric) -> dict[tuple[str, int], float]:
+def _by_draw(scores: Iterable[EpisodeScore], method: str, k: int, metric: str) -> dict[tuple[str, int], float]:
     return {
-        (score.institution, score.draw): getattr(score, metric)
+        (score.institution, score.draw): score[metric]
         for score in scores
         if score.method == method and score.k == k
     }
 
 
 def _mean(scores: Sequence[EpisodeScore], metric: str) -> float:
-    return float(np.mean([getattr(score, metric) for score in scores]))
+    return float(np.mean([score[metric] for score in scores]))
 
 
 def _unique(what: str, values: Sequence[object]) -> None:

@@ -99,6 +99,16 @@ def score_all(y: Vector, p: Vector) -> dict[str, float]:
     }
 
 
+def counts_by_score(y: Vector, p: Vector) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Count negatives and positives at or below each distinct score, ascending; both open with 0.
+
+    Raises:
+        ValueError: as for `auc`.
+
+    """
+    return _cumulative(*_checked(y, p))
+
+
 def _checked(y: Vector, p: Vector) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
     outcome, score = np.asarray(y), np.asarray(p, dtype=np.float64)
     if outcome.ndim != 1 or outcome.shape != score.shape or not outcome.size:

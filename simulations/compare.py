@@ -262,7 +262,8 @@ def _cell_path(folder: Path, cell: Cell) -> Path:
 
 def _cell_text(cell: Cell, scores: Sequence[EpisodeScore]) -> str:
     """Write scores column by column, beside what they are of: JSON gives every float back as it was."""
-    columns = {field.name: [getattr(score, field.name) for score in scores] for field in fields(EpisodeScore)}
+    rows = [score.to_json() for score in scores]
+    columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
     epsilon = cell.key.epsilon
     told = None if epsilon is None or math.isinf(epsilon) else epsilon
     about = {"method": cell.key.method, "epsilon": told, "seed": cell.key.seed, "fold": cell.key.fold + 1}
@@ -272,8 +273,11 @@ def _cell_text(cell: Cell, scores: Sequence[EpisodeScore]) -> str:
 def _read_cell(path: Path) -> list[EpisodeScore]:
     try:
         columns = json.loads(path.read_bytes())["scores"]
-        rows = zip(*(columns[field.name] for field in fields(EpisodeScore)), strict=True)
-        return [EpisodeScore(*row) for row in rows]
+        measured = [name for name in columns if name not in _PLACE]
+        places = zip(*(columns[name] for name in _PLACE), strict=True)
+        values = zip(*(columns[name] for name in measured), strict=True)
+        pairs = zip(places, values, strict=True)
+        return [EpisodeScore(*place, dict(zip(measured, found, strict=True))) for place, found in pairs]
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(f"{path}: is damaged; remove it, and it is made again with --resume") from None
 

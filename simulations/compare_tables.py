@@ -162,15 +162,15 @@ def _means(outcome: Outcome) -> _Means:
     losses: dict[tuple[Who, int], list[bool]] = defaultdict(list)
     everyone: dict[Who, None] = {}
     for key, scores in outcome.scores.items():
-        start = {(score.institution, score.draw, score.method): score.auc for score in scores if score.k == 0}
+        start = {(score.institution, score.draw, score.method): score["auc"] for score in scores if score.k == 0}
         for score in scores:
             who = (score.method, None if key.method == BASELINES else key.epsilon)
             everyone[who] = None
             for metric in METRICS:
-                collected[who, score.k, metric][score.institution].append(getattr(score, metric))
+                collected[who, score.k, metric][score.institution].append(score[metric])
             before = start.get((score.institution, score.draw, score.method))
             if before is not None and score.k > 0:
-                losses[who, score.k].append(before - score.auc > TOLERANCE)
+                losses[who, score.k].append(before - score["auc"] > TOLERANCE)
     values = {
         place: {name: float(np.mean(own)) for name, own in sorted(by_lender.items())}
         for place, by_lender in collected.items()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -54,7 +54,7 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """Episodes and summary as plain values."""
-        return {"episodes": [asdict(score) for score in self.scores], "summary": self.metrics["summary"]}
+        return {"episodes": [score.to_json() for score in self.scores], "summary": self.metrics["summary"]}
 
 
 def method_names(run: RunFolder) -> dict[str, str]:
@@ -200,7 +200,7 @@ def _gains(scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Se
     if not positive or not local:
         return None
     k = min(positive, key=lambda value: abs(value - GAIN_K))
-    mean = {name: np.mean([s.auc for s in scores if s.method == name and s.k == k]) for name in local}
+    mean = {name: np.mean([s["auc"] for s in scores if s.method == name and s.k == k]) for name in local}
     strongest = max(local, key=lambda name: float(mean[name]))
     gains = paired_difference(scores, main, strongest, k)["by_institution"]
     return {"k": k, "baseline": strongest, "method": main, "gains": gains}

@@ -61,7 +61,10 @@ def silent(_part: str, _rows: Array, _y: Array) -> None:
 def scores_of(table: dict[tuple[str, str, int], list[float]]) -> list[EpisodeScore]:
     """Episodes from (method, institution, k) to the AUC of each draw; the other metrics follow from it."""
     return [
-        EpisodeScore(institution, k, draw, method, auc, auc / 2, 1 - auc, (1 - auc) / 2, auc / 10)
+        EpisodeScore(
+            institution, k, draw, method,
+            {"auc": auc, "ks": auc / 2, "log_loss": 1 - auc, "brier": (1 - auc) / 2, "calibration": auc / 10},
+        )  # fmt: skip
         for (method, institution, k), values in table.items()
         for draw, auc in enumerate(values)
     ]
@@ -90,7 +93,7 @@ def test_scores_are_those_of_the_named_draw() -> None:
         expected = score_all(own.y[query], 1 / (1 + np.exp(-own.x[query, 0].astype(np.float64))))
         for score in scores:
             if score.draw == draw:
-                assert {name: getattr(score, name) for name in expected} == expected
+                assert score.values == expected
 
 
 def test_one_more_method_or_institution_changes_nothing_for_the_others() -> None:
@@ -127,7 +130,7 @@ def test_a_predictor_that_ignores_labels_is_scored_once_a_draw() -> None:
     scores = run_episodes([dataset("a"), dataset("bb")], [Fixed()], [0, 10, 20], draws=2, seed=0)
     assert calls == [280] * 4
     assert len(scores) == 12
-    assert len({(score.institution, score.draw, score.auc) for score in scores}) == 4
+    assert len({(score.institution, score.draw, score["auc"]) for score in scores}) == 4
 
 
 def test_progress_counts_draws() -> None:

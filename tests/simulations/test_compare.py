@@ -151,7 +151,7 @@ def test_figures_are_means_over_lenders_of_means_over_draws_and_seeds(done: tupl
         if (key.method, key.epsilon) == ("reptile", 2.0):
             for score in scores:
                 if score.k == 10:
-                    by_lender.setdefault(score.institution, []).append(score.auc)
+                    by_lender.setdefault(score.institution, []).append(score["auc"])
     assert {len(values) for values in by_lender.values()} == {4}
     row = next(row for row in table["rows"] if (row["method"], row["epsilon"], row["k"]) == ("reptile", 2.0, 10))
     assert row["auc"]["mean"] == pytest.approx(sum(sum(v) / 4 for v in by_lender.values()) / len(by_lender))
@@ -235,7 +235,7 @@ encoding = { interactions = { trees = 5, depth = 2 } }
         np.testing.assert_array_equal(one.y, other.y)
     outcome = carry_out(loaded, tmp_path / "out")
     scored = {
-        method: [score.auc for key, scores in outcome.scores.items() if key.method == method for score in scores]
+        method: [score["auc"] for key, scores in outcome.scores.items() if key.method == method for score in scores]
         for method in ("reptile", "twin", "trees")
     }
     assert scored["reptile"] == scored["twin"] != scored["trees"]
