@@ -33,7 +33,7 @@ from metarisk_common.prior import LearnedPrior
 
 from .artifacts import Labels, Method, Model, ModelManifest, Origin, check_name, data_fingerprint, write_model
 from .config import Institution
-from .dataset import load_dataset
+from .dataset import load_dataset, load_source
 from .points import PointScale
 from .rng import SecureRandom
 from .verify import verify_export
@@ -242,8 +242,10 @@ def _choose(institution: Institution, plan: Plan, choice: Choice, data: Path | N
     """Draw the labelled records; with k = 0 no table is read."""
     if choice.k == 0:
         return _Chosen(np.empty((0, width), np.float32), np.empty(0, np.float32), 0, 0)
-    path = institution.data_path if data is None else data
-    dataset = load_dataset(path, plan.data, institution.config.name, drop_unfit=True)
+    if data is None:
+        path, dataset = institution.table_title, load_source(institution, plan.data, drop_unfit=True)
+    else:
+        path, dataset = str(data), load_dataset(data, plan.data, institution.config.name, drop_unfit=True)
     rows = np.arange(len(dataset.y))
     of = ""
     if choice.segment is not None and dataset.segment is not None:

@@ -29,7 +29,7 @@ from metarisk_common.wire import (
 
 from .approval import open_ledger
 from .config import CONFIG_FILE, Institution, load_institution
-from .dataset import Dataset, load_dataset
+from .dataset import Dataset, load_source
 from .ledger import Ledger, OrderKey, Reservation
 from .policy import admit
 from .rng import SecureRandom
@@ -156,9 +156,7 @@ class Bank:
     def _tasks_for(self, plan: Plan) -> list[Task]:
         fingerprint = plan.hash()
         if fingerprint not in self._tasks:
-            dataset: Dataset = load_dataset(
-                self.institution.data_path, plan.data, self.institution.config.name, drop_unfit=True
-            )
+            dataset: Dataset = load_source(self.institution, plan.data, drop_unfit=True)
             if dataset.dropped:
                 rows = dataset.dropped + len(dataset.y)
                 log.warning("%d of %d records do not fit the plan's schema and count as none", dataset.dropped, rows)

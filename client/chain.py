@@ -47,7 +47,7 @@ class OrderKey:
     """Which order a release answers.
 
     `order_digest`: SHA-256 over all that the order says, meta-parameters included. `kind`: "train" or "evaluate"; a
-    round may ask for one output of each.
+    round may ask for one output of each. "constants" is what a bank's own officer asks for (`client.constants`).
     """
 
     run_id: str
@@ -58,8 +58,8 @@ class OrderKey:
 
     def __post_init__(self) -> None:
         """Refuse a kind of order that nobody knows."""
-        if self.kind not in {"train", "evaluate"}:
-            raise ValueError("kind must be 'train' or 'evaluate'")
+        if self.kind not in {"train", "evaluate", "constants"}:
+            raise ValueError("kind must be 'train', 'evaluate' or 'constants'")
 
     @property
     def turn(self) -> tuple[str, int, str]:

@@ -20,11 +20,13 @@ from metarisk_common.schema import NumericColumn, NumericLabel, Schema
 from metarisk_common.table import check_identifiers, check_table, check_two_classes, usable_rows
 
 from .charges import charges_of
+from .check_table import Found, found_columns
 from .config import Institution
-from .dataset import Dataset, from_frame, read_table
+from .dataset import Dataset, from_frame
 from .ledger import Ledger
 from .plain_words import Cost, Terms, cost_of, describe, until_text
 from .policy import check_plan
+from .sources import read_source
 
 NO_NUMBER: Final = "is not a finite number"
 REFUSED: Final = "is empty, which the plan refuses"
@@ -65,7 +67,9 @@ class Check:
         over_limit_rows: left out because their privacy unit has too many, or has them in several segments.
         unlisted_rows: of the others, those in no segment that the plan lists; left out too where it learns by segment.
         used: rows that are learned from; `units` their privacy units, `positives` those with the outcome.
-        columns: of the rows that fit, what is missing, clipped or unknown.
+        found: where each column of the plan is read from, and what kind of cells are there.
+        encoded: rows that fit and are within their privacy unit's limit; `columns` counts cells of these.
+        columns: of those rows, what is missing, clipped or unknown.
         segments: a line for each that the plan lists; empty where it lists none.
         warnings: what should be looked at before approving.
         problems: why the table cannot be used as it is; empty if it can.
@@ -80,6 +84,8 @@ class Check:
     used: int
     units: int
     positives: int
+    found: dict[str, Found]
+    encoded: int
     columns: dict[str, ColumnCounts]
     segments: tuple[SegmentCounts, ...]
     warnings: tuple[str, ...]
@@ -112,8 +118,8 @@ def check_data(institution: Institution, plan: Plan, *, strict: bool = False) ->
             any cell that does not fit and every problem too.
 
     """
-    schema, where = plan.data, str(institution.data_path)
-    frame = read_table(institution.data_path)
+    schema, where = plan.data, institution.table_title
+    frame = read_source(institution, schema)
     if strict:
         check_table(frame, schema, where)
     fits = usable_rows(frame, schema, where)
@@ -136,6 +142,8 @@ def check_data(institution: Institution, plan: Plan, *, strict: bool = False) ->
         used=int(learned.sum()),
         units=_units(dataset, learned),
         positives=int(positive[learned].sum()),
+        found=found_columns(institution, schema, frame),
+        encoded=len(dataset.y),
         columns=dataset.counts.columns,
         segments=tuple(_segments(dataset, positive, schema)),
         warnings=(),

@@ -21,7 +21,7 @@ from metarisk_common.features import Encoder
 from metarisk_common.initialisation import meta_shapes
 from metarisk_common.plan import read_plan
 
-from . import approval, ledger_cli, model_cli, run_cli, setup_cli
+from . import approval, constants_cli, ledger_cli, model_cli, run_cli, setup_cli
 from .charges import charges_of
 from .checking import plan_cost
 from .config import Institution, load_institution
@@ -50,6 +50,9 @@ app.command(
 app.command(epilog="Example: metarisk-client node-key banks/first")(setup_cli.node_key)
 app.command(epilog="Example: metarisk-client check banks/first --plan plan.json")(setup_cli.check)
 app.command(epilog="Example: metarisk-client budget banks/first --epsilon 4")(setup_cli.budget)
+app.command(epilog="Example: metarisk-client constants banks/first --plan draft.toml --epsilon 0.2 --column income")(
+    constants_cli.constants
+)
 app.command(epilog="Example: metarisk-client up banks/first")(run_cli.up)
 app.command(epilog="Example: metarisk-client status banks/first")(run_cli.status)
 app.command(epilog="Example: metarisk-client verify loans-001 --key signing.pub")(run_cli.verify)

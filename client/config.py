@@ -3,15 +3,16 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from metarisk_common.config import Frozen, load_toml, toml_text
 from metarisk_common.errors import ConfigError, RefusedError
 from metarisk_common.plan import Plan, read_plan
 
 from .ledger import Budget
+from .source_config import TableSection, table_toml
 
 CONFIG_FILE = "institution.toml"
 APPROVED_FOLDER = "approved"
@@ -71,11 +72,13 @@ class InstitutionConfig(Frozen):
 
     `declared_size` is a public constant: how many privacy units (records, or customers where the schema protects
     those) the bank says its portfolio has. `source` names the data for its ledger, by default as the bank. Folders of
-    several consortia over one data source name the same `source` and the same `ledger`, relative to the folder.
+    several consortia over one data source name the same `source` and the same `ledger`, relative to the folder. The
+    table is `data`, a file in the plan's own words, or section `table`.
     """
 
     name: str = Field(min_length=1, max_length=200)
-    data: str = Field(min_length=1)
+    data: str | None = Field(default=None, min_length=1)
+    table: TableSection | None = None
     declared_size: int = Field(ge=1)
     source: str = Field(default="", max_length=200)
     ledger: str = Field(default="ledger.sqlite", min_length=1)
@@ -83,6 +86,16 @@ class InstitutionConfig(Frozen):
     server: ServerSection | None = None
     metrics: MetricsSection = MetricsSection()
     simulation: SimulationConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.data is None) == (self.table is None):
+            raise ValueError(
+                "key 'data' is missing, and so is section 'table': say where the bank's table is"
+                if self.data is None
+                else "give one of data and section 'table', not both"
+            )
+        return self
 
     @property
     def metrics_port(self) -> int:
@@ -99,8 +112,16 @@ class Institution:
 
     @property
     def data_path(self) -> Path:
-        """The bank's table."""
-        return self.folder / self.config.data
+        """The bank's table, where `data` names it; else the folder of the section that does."""
+        return self.folder / (self.config.data or "")
+
+    @property
+    def table_title(self) -> str:
+        """What messages call the bank's table: a path, or a name in a database without its address."""
+        table = self.config.table
+        if table is None:
+            return str(self.data_path)
+        return table.title if table.file is None else str(self.folder / table.file)
 
     @property
     def ledger_path(self) -> Path:
@@ -192,6 +213,12 @@ ca = {toml_text(ca)}   # the operator's certificate authority, relative to this 
 # SHA-256 of app bundles that are accepted besides the installed version's own: for while versions change.
 bundles = [{", ".join(map(toml_text, bundles))}]
 """
+    data = "# The table is described in section [table], at the end.\n"
+    if config.data is not None:
+        data = f"""\
+# The table: CSV (UTF-8, commas, a header) or Parquet. Absolute, or relative to this folder. It is only ever read here.
+data = {toml_text(config.data)}
+"""
     if server is None:
         hub = re.sub(r"^(?=[^#\n])", "# ", hub, flags=re.MULTILINE)
     return f"""\
@@ -200,9 +227,7 @@ bundles = [{", ".join(map(toml_text, bundles))}]
 # The bank's name, as the other parties read it: it goes with every report.
 name = {toml_text(config.name)}
 
-# The table: CSV (UTF-8, commas, a header) or Parquet. Absolute, or relative to this folder. It is only ever read here.
-data = {toml_text(config.data)}
-
+{data}
 # How many records (or customers, where the plan protects those) the bank SAYS that it has. This number is public: it
 # goes with every report and sets the bank's weight. Give a rounded one that anybody may know, never the exact count.
 declared_size = {config.declared_size}
@@ -229,4 +254,5 @@ max_sample_rate = {policy.max_sample_rate!r}   # the largest share of records in
 # Prometheus metrics of this bank's processes, on this machine only; 0: none.
 [metrics]
 port = {config.metrics.port}
-"""
+
+{table_toml(config.table)}"""

@@ -1,6 +1,5 @@
 """A bank's own table, read, checked and encoded. Nothing here leaves the bank, counts and errors included."""
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,10 @@ from metarisk_common.errors import DataError
 from metarisk_common.features import Counts, Encoder
 from metarisk_common.schema import Schema
 from metarisk_common.table import check_identifiers, check_table, labels, segments, units, usable_rows
+
+from .config import Institution
+from .source_csv import check_csv
+from .sources import read_source
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def read_table(path: Path) -> pl.DataFrame:
         raise DataError(f"{path}: there is no such file; check the path, and that the table was exported")
     try:
         if suffix == ".csv":
-            _check_csv(path)
+            check_csv(path)
             return pl.read_csv(path, infer_schema=False)
         return pl.read_parquet(path, glob=False)
     except NoDataError:
@@ -73,26 +76,6 @@ def read_table(path: Path) -> pl.DataFrame:
     raise DataError(message) from None
 
 
-def _check_csv(path: Path) -> None:
-    """Raise where a row has fewer or more cells than the header: Polars would fill up a row that was cut short."""
-    number = 1
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(stream)
-            width = len(next(rows, []))
-            for row in rows:
-                number = rows.line_num
-                if row and len(row) != width:
-                    raise DataError(
-                        f"{path}: line {number} has {len(row)} cells and the header has {width}; "
-                        "the file may have been cut short, or a cell with a comma lacks its quotes"
-                    )
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text (near line {number}); save or export it as UTF-8") from None
-    except csv.Error:
-        raise DataError(f"{path}: can't be read as CSV (near line {number}); export the table again") from None
-
-
 def load_dataset(path: Path, schema: Schema, institution: str, *, drop_unfit: bool = False) -> Dataset:
     """Read, check and encode one institution's file; `drop_unfit` as for `from_frame`.
 
@@ -101,6 +84,17 @@ def load_dataset(path: Path, schema: Schema, institution: str, *, drop_unfit: bo
 
     """
     return from_frame(read_table(path), schema, institution, str(path), drop_unfit=drop_unfit)
+
+
+def load_source(institution: Institution, schema: Schema, *, drop_unfit: bool = False) -> Dataset:
+    """Read, check and encode an institution's table, wherever it is; `drop_unfit` as for `from_frame`.
+
+    Raises:
+        DataError: the table can't be read or doesn't fit the schema.
+
+    """
+    frame = read_source(institution, schema)
+    return from_frame(frame, schema, institution.config.name, institution.table_title, drop_unfit=drop_unfit)
 
 
 def from_frame(
@@ -134,14 +128,14 @@ def from_frame(
         check_table(frame, schema, where)
     unit = None
     if schema.privacy_unit is not None:
-        frame, unit = _limited(frame, schema, schema.privacy_unit, where)
+        frame, unit = limited(frame, schema, schema.privacy_unit, where)
     x, counts = Encoder(schema).encode(frame, where)
     y = labels(frame, schema.label, where)
     segment = None if schema.segment is None else segments(frame, schema.segment, where).to_numpy().astype(np.str_)
     return Dataset(institution, x, y, segment, counts, unit, rows - frame.height)
 
 
-def _limited(frame: pl.DataFrame, schema: Schema, name: str, where: str) -> tuple[pl.DataFrame, np.ndarray]:
+def limited(frame: pl.DataFrame, schema: Schema, name: str, where: str) -> tuple[pl.DataFrame, np.ndarray]:
     """Keep of each unit what the schema allows, in the table's order; and number the units in order of appearance."""
     owner = units(frame, name, where)
     segment = owner if schema.segment is None else segments(frame, schema.segment, where)

@@ -275,7 +275,7 @@ def _what(entry: Entry) -> str:
             return f"plan {content['plan_hash'][:_SHORT]}"
         case "reserve":
             key, event = content["key"], content["event"]
-            kind = " score histograms," if key["kind"] == "evaluate" else ""
+            kind = {"evaluate": " score histograms,", "constants": " bins and shares,"}.get(key["kind"], "")
             steps = f"{event['steps']} {'step' if event['steps'] == 1 else 'steps'}"
             rate = "" if event["sample_rate"] == 1 else f", rate {event['sample_rate']:g}"
             return f"round {key['round']}:{kind} {steps}, noise {event['noise_multiplier']:g}{rate}"

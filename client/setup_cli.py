@@ -18,6 +18,7 @@ from metarisk_common.errors import ConfigError, DataError, MetariskError, Refuse
 from metarisk_common.plan import Plan, read_plan
 
 from . import setup
+from .check_table import FOR_THE_BANK, columns_table
 from .checking import Check, PlanCheck, check_cost, check_data
 from .config import CONFIG_FILE, load_institution
 from .ledger import Ledger
@@ -270,11 +271,8 @@ def _print_check(data: Check, cost: PlanCheck, plan: Plan, name: str) -> None:
     unit = plan.data.privacy_unit
     units = "" if unit is None else f" of {data.units:,} {unit}"
     title = escape(f"{name}: {data.rows:,} rows, {data.used:,} would be used{units}{_positives(data, plan)}")
-    columns = _table_of(title, "column", "missing", "below bounds", "above bounds", "unknown categories")
-    for column, counts in data.columns.items():
-        met = (counts.missing, counts.clipped_below, counts.clipped_above, counts.unknown_categories)
-        columns.add_row(escape(column), *(f"{count:,}" for count in met))
-    print_table(columns)
+    typer.echo(FOR_THE_BANK)
+    print_table(columns_table(title, data.found, data.columns, data.encoded))
     if data.unfit:
         unfit = _table_of(f"{data.unfit_rows:,} rows would be left out", "column", "rows", "because the cell")
         for one in data.unfit:
@@ -297,7 +295,7 @@ def _print_check(data: Check, cost: PlanCheck, plan: Plan, name: str) -> None:
     for kind, told in (("WARNING", (*data.warnings, *cost.warnings)), ("PROBLEM", data.problems)):
         for text in told:
             typer.echo(f"{kind}: {text}")
-    typer.echo("For this bank's eyes only; none of it is ever sent.")
+    typer.echo(FOR_THE_BANK)
 
 
 def _table_of(title: str, *headings: str) -> Table:

@@ -20,10 +20,10 @@ from .statement_chart import spending_chart
 
 _LAYOUTS: Final = (Layout("wide", 976, 280), Layout("narrow", 358, 260))
 _SHORT: Final = 12
-_KINDS: Final = {"train": "model updates", "evaluate": "score histograms"}
+_KINDS: Final = {"train": "model updates", "evaluate": "score histograms", "constants": "bins and shares"}
 _MECHANISMS: Final = {
     "poisson_gaussian": "clipped sum of a random sample, Gaussian noise",
-    "gaussian_histograms": "counts by score, Gaussian noise",
+    "gaussian_histograms": "counts by score or by value, Gaussian noise",
 }
 
 

@@ -5,7 +5,6 @@ k share the draw and so the judged records, which makes every comparison paired.
 are averaged within one first, and intervals speak of institutions like these, not of the records of these.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +12,15 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
-from .tasks import FewShotDraw, few_shot_draw
+from .intervals import estimate, worst_decile
+from .tasks import FewShotDraw, few_shot_draw, few_shot_in_time
 from .yardsticks import CREDIT, YARDSTICKS, Yardstick
 
 Matrix = npt.NDArray[Any]
+Seed = tuple[str | int, ...]
+PLACE = ("institution", "k", "draw", "method")
+"""What a score is of: the keys beside the measures in its flat form."""
 _LOWER_IS_BETTER = frozenset().union(*(each.lower_is_better for each in YARDSTICKS.values()))
 
 
@@ -40,7 +42,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class EpisodeScore:
-    """How one method did on one institution's draw after `k` labels; `values` by the yardstick's names of measures."""
+    """How one method did on one institution's draw after `k` labels; `values` by the yardstick's names."""
 
     institution: str
     k: int
@@ -58,24 +60,47 @@ class EpisodeScore:
 
     def to_json(self) -> dict[str, Any]:
         """Return it flat: every measure beside what it is of."""
-        place = {"institution": self.institution, "k": self.k, "draw": self.draw, "method": self.method}
-        return {**place, **self.values}
+        place = self.institution, self.k, self.draw, self.method
+        return {**dict(zip(PLACE, place, strict=True)), **self.values}
 
 
 class DrawRule(Protocol):
     """Which of an institution's records adapt and which judge."""
 
     def __call__(
-        self, dataset: EvaluationSet, /, *, k_min: int, k_max: int, seed_parts: tuple[str | int, ...], where: str
+        self, dataset: EvaluationSet, /, *, k_min: int, k_max: int, seed_parts: Seed, where: str
     ) -> FewShotDraw:
         """Draw once; see `metarisk_common.tasks`."""
 
 
 def at_random(
-    dataset: EvaluationSet, *, k_min: int, k_max: int, seed_parts: tuple[str | int, ...], where: str
+    dataset: EvaluationSet, *, k_min: int, k_max: int, seed_parts: Seed, where: str, min_positives: int = 1
 ) -> FewShotDraw:
     """Draw as `few_shot_draw` does."""
-    return few_shot_draw(dataset.y, k_min=k_min, k_max=k_max, seed_parts=seed_parts, where=where)
+    return few_shot_draw(
+        dataset.y, k_min=k_min, k_max=k_max, seed_parts=seed_parts, where=where, min_positives=min_positives
+    )
+
+
+def in_time(
+    dataset: EvaluationSet,
+    *,
+    k_min: int,  # noqa: ARG001 - supports of all sizes end at the same moment
+    k_max: int,
+    seed_parts: Seed,
+    where: str,
+    embargo: float,
+    least_judged: int,
+) -> FewShotDraw:
+    """Draw as `few_shot_in_time` does, by `extra["day"]`."""
+    return few_shot_in_time(
+        dataset.extra["day"],
+        k_max=k_max,
+        embargo=embargo,
+        least_judged=least_judged,
+        seed_parts=seed_parts,
+        where=where,
+    )
 
 
 class Predictor(Protocol):
@@ -100,13 +125,6 @@ class Method(Protocol):
         """Learn from k labelled records; k = 0 comes as empty arrays. One that ignores them returns one same object."""
 
 
-class Estimate(TypedDict):
-    """A mean over institutions with its 95% interval; the ends are None where one institution leaves them open."""
-
-    mean: float
-    ci95: list[float | None]
-
-
 Summary = dict[str, Any]
 """One method after k labels, over institutions: an `Estimate` for each measure, `worst_decile` and `institutions`."""
 
@@ -121,26 +139,6 @@ class PairedDifference(TypedDict):
     by_institution: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """The number of labels from which on what an institution can do alone is level with what it is compared with.
-
-    `labels`: where the lower end of the paired interval reaches 0, between two measured k by a straight line; None
-    where it stays above. `at_most`: it lay at or below 0 at the smallest k already, so that `labels` is a ceiling.
-    `last`: the largest k measured.
-    """
-
-    labels: float | None
-    at_most: bool
-    last: int
-
-    def __str__(self) -> str:
-        """Return it in words."""
-        if self.labels is None:
-            return f"beyond {self.last}"
-        return f"at most {self.labels:.0f}" if self.at_most else f"about {self.labels:.0f}"
-
-
 def run_episodes(
     datasets: Sequence[EvaluationSet],
     methods: Sequence[Method],
@@ -149,7 +147,7 @@ def run_episodes(
     draws: int,
     seed: int,
     yardstick: Yardstick = CREDIT,
-    draw_rule: DrawRule = at_random,
+    draw: DrawRule = at_random,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[EpisodeScore]:
     """Score every method at every k on the same draws of every institution.
@@ -161,7 +159,7 @@ def run_episodes(
         draws: draws of each institution.
         seed: public seed; with the institution's name and the draw's number it fixes the draw.
         yardstick: what to measure by.
-        draw_rule: how records to adapt to and to judge are chosen.
+        draw: how records to adapt to and to judge are chosen.
         on_progress: called with (draws done, draws in all).
 
     Raises:
@@ -178,19 +176,19 @@ def run_episodes(
     positive = [k for k in ks if k > 0] or [2]
     scores: list[EpisodeScore] = []
     for index, dataset in enumerate(datasets):
-        for draw in range(draws):
-            chosen = draw_rule(
+        for number in range(draws):
+            chosen = draw(
                 dataset,
                 k_min=min(positive),
                 k_max=max(positive),
-                seed_parts=(seed, dataset.institution, draw),
+                seed_parts=(seed, dataset.institution, number),
                 where=f"institution '{dataset.institution}'",
             )
             for method in methods:
                 found = _episode(dataset, chosen, method, ks, yardstick)
-                scores.extend(EpisodeScore(dataset.institution, k, draw, method.name, s) for k, s in found.items())
+                scores.extend(EpisodeScore(dataset.institution, k, number, method.name, s) for k, s in found.items())
             if on_progress is not None:
-                on_progress(index * draws + draw + 1, len(datasets) * draws)
+                on_progress(index * draws + number + 1, len(datasets) * draws)
     return scores
 
 
@@ -206,11 +204,10 @@ def summarise(scores: Iterable[EpisodeScore], yardstick: Yardstick = CREDIT) -> 
         cells[score.method, score.k][score.institution].append(score)
     summary: dict[str, dict[str, Summary]] = {}
     for (method, k), by_institution in sorted(cells.items()):
-        every = [score for own in by_institution.values() for score in own]
-        metrics = [metric for metric in yardstick.metrics if all(metric in score.values for score in every)]
-        values = {
-            metric: np.array([_mean(own, metric) for _, own in sorted(by_institution.items())]) for metric in metrics
-        }
+        known = set.intersection(*(set(score.values) for own in by_institution.values() for score in own))
+        metrics = [metric for metric in yardstick.metrics if metric in known]
+        ordered = [own for _, own in sorted(by_institution.items())]
+        values = {metric: np.array([_mean(own, metric) for own in ordered]) for metric in metrics}
         summary.setdefault(method, {})[str(k)] = {
             **{metric: estimate(found) for metric, found in values.items()},
             "worst_decile": {yardstick.headline: worst_decile(values[yardstick.headline])},
@@ -270,47 +267,6 @@ def share_harmed(
     return float(np.mean([before[key] - value > tolerance for key, value in after.items()]))
 
 
-def crossover(gains: Mapping[int, Estimate]) -> Crossover:
-    """Find the number of labels at which a gain can no longer be shown.
-
-    Args:
-        gains: by k above 0, what the shared start gains over the best that the same k labels give alone.
-            An interval with an open end shows nothing.
-
-    Raises:
-        ValueError: there is no k above 0.
-
-    """
-    ks = sorted(k for k in gains if k > 0)
-    if not ks:
-        raise ValueError("a crossover needs gains at one k above 0 or more")
-    before: tuple[int, float] | None = None
-    for k in ks:
-        end = gains[k]["ci95"][0]
-        low = 0.0 if end is None else end
-        if low <= 0:
-            if before is None:
-                return Crossover(float(k), at_most=True, last=ks[-1])
-            at = before[0] + (k - before[0]) * before[1] / (before[1] - low)
-            return Crossover(at, at_most=False, last=ks[-1])
-        before = k, low
-    return Crossover(None, at_most=False, last=ks[-1])
-
-
-def estimate(values: npt.NDArray[np.float64]) -> Estimate:
-    """Mean of one value an institution with its 95% interval (Student's t), open where there is one institution."""
-    mean, count = float(values.mean()), len(values)
-    if count < 2:  # noqa: PLR2004 - one institution says nothing of how institutions differ
-        return {"mean": mean, "ci95": [None, None]}
-    half = float(stdtrit(count - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(count)
-    return {"mean": mean, "ci95": [mean - half, mean + half]}
-
-
-def worst_decile(values: npt.NDArray[np.float64]) -> float:
-    """Mean of the lowest tenth of one value an institution, rounded up."""
-    return float(np.sort(values)[: math.ceil(len(values) / 10)].mean())
-
-
 def _episode(
     dataset: EvaluationSet, chosen: FewShotDraw, method: Method, ks: Sequence[int], yardstick: Yardstick
 ) -> dict[int, dict[str, float]]:
@@ -338,9 +294,7 @@ def _episode(
 
 def _by_draw(scores: Iterable[EpisodeScore], method: str, k: int, metric: str) -> dict[tuple[str, int], float]:
     return {
-        (score.institution, score.draw): score[metric]
-        for score in scores
-        if score.method == method and score.k == k
+        (score.institution, score.draw): score[metric] for score in scores if score.method == method and score.k == k
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 import numpy as np
+from scipy.stats import hypergeom
 
 from .errors import DataError
 from .params import Array
@@ -105,6 +106,7 @@ def few_shot_draw(
     k_max: int,
     seed_parts: tuple[str | int, ...],
     where: str,
+    min_positives: int = 1,
 ) -> FewShotDraw:
     """Draw a random order of the records, given that support and query can both be learned from and judged.
 
@@ -112,15 +114,23 @@ def few_shot_draw(
     hold both classes. It is drawn by rejection on the class counts of those stretches, which has the
     distribution of shuffling again until they fit, without shuffling every time.
 
+    With `min_positives` above 1 the first `k_min` records hold at least that many positives. Such a support is
+    selected on its labels: where positives are rarer than `min_positives / k_min`, their share in it is above that of
+    the records it stands for, and a model that takes the support for a plain sample predicts too high. Rankings of
+    the judged records hardly change; log-loss, Brier and calibration do, unless the intercept is corrected by the
+    known share (prior correction: King and Zeng 2001, "Logistic Regression in Rare Events Data", section 4.1).
+
     Args:
         y: (rows,) labels 0 or 1.
         k_min: the smallest support that will be used.
         k_max: the largest support; the query starts after it.
         seed_parts: what the draw is for (e.g. a seed, the institution, a number); same parts, same draw.
         where: names the institution in the error.
+        min_positives: the least number of positives in the smallest support.
 
     Raises:
         DataError: no order fits: too few records, or too few of one class.
+        ValueError: `k_min` and `k_max` are not in order, or `k_min` has no room for `min_positives` and a negative.
 
     """
     rows = len(y)
@@ -128,6 +138,13 @@ def few_shot_draw(
     positives = int(np.count_nonzero(positive))
     if not 2 <= k_min <= k_max:  # noqa: PLR2004 - one record of each class
         raise ValueError(f"k_min must be at least 2 and at most k_max, not {k_min} and {k_max}")
+    if not 1 <= min_positives < k_min:
+        raise ValueError(f"min_positives must be at least 1 and below k_min = {k_min}, not {min_positives}")
+    if 1 < min_positives >= positives:
+        raise DataError(
+            f"{where}: {positives} positive records are too few; supports with at least {min_positives} of them need "
+            "one more to judge by",
+        )
     if rows < k_max + 2 or min(positives, rows - positives) < 2:  # noqa: PLR2004 - one of each class in both parts
         raise DataError(
             f"{where}: too few records for supports of {k_min} to {k_max}; a draw needs at least {k_max + 2} records, "
@@ -136,7 +153,7 @@ def few_shot_draw(
     random = np.random.default_rng(_seed(seed_parts))
     sizes = np.array([k_min, k_max - k_min, rows - k_max])
     while True:
-        hits = random.multivariate_hypergeometric(sizes, positives, size=_DRAWS_AT_ONCE)
+        hits = _class_counts(random, sizes, positives, min_positives)
         both = (hits > 0) & (hits < sizes)
         fits = np.flatnonzero(both[:, 0] & both[:, 2])
         if len(fits):
@@ -149,6 +166,58 @@ def few_shot_draw(
         random.permutation(np.concatenate(pair)) for pair in zip(of_positives, of_negatives, strict=True)
     )
     return FewShotDraw(support=np.concatenate([smallest, rest]), query=query)
+
+
+def _class_counts(random: np.random.Generator, sizes: np.ndarray, positives: int, least: int) -> np.ndarray:
+    """Return (draws, 3): positives in each stretch of a random order, given at least `least` in the first.
+
+    Where `least` is above 1, supports with as many may be too rare to wait for: the first stretch's count comes from
+    its own distribution (hypergeometric) above the limit, and the others' given that. It is the same law.
+    """
+    if least == 1:
+        return random.multivariate_hypergeometric(sizes, positives, size=_DRAWS_AT_ONCE)
+    counts = np.arange(least, min(int(sizes[0]), positives) + 1)
+    log_chance = hypergeom.logpmf(counts, int(sizes.sum()), positives, int(sizes[0]))
+    chance = np.exp(log_chance - log_chance.max())
+    first = random.choice(counts, size=_DRAWS_AT_ONCE, p=chance / chance.sum())
+    second = random.hypergeometric(positives - first, sizes[1:].sum() - positives + first, int(sizes[1]))
+    return np.column_stack([first, second, positives - first - second])
+
+
+def few_shot_in_time(
+    time: np.ndarray, *, k_max: int, embargo: float, least_judged: int, seed_parts: tuple[str | int, ...], where: str
+) -> FewShotDraw:
+    """Draw a moment: the last `k_max` records before it, less an embargo, adapt; what comes from then on judges.
+
+    The moment is uniform among the distinct times that leave enough on both sides. Every record of the support lies
+    more than `embargo` before every record that is judged, so that a label that takes that long to be known, or that
+    looks that far ahead, shares nothing with what it is judged on.
+
+    Args:
+        time: (rows,) numbers, days say; the support is nested with the most recent record first.
+        k_max: the largest support.
+        embargo: in the unit of `time`, 0 or more.
+        least_judged: the least number of records from the moment on.
+        seed_parts: as in `few_shot_draw`.
+        where: names the institution in the error.
+
+    Raises:
+        DataError: no moment leaves enough records on both sides.
+
+    """
+    when = np.asarray(time, dtype=np.float64)
+    order = np.argsort(when, kind="stable")
+    moments = np.unique(when)
+    before = np.searchsorted(when[order], moments - embargo, side="left")
+    after = len(when) - np.searchsorted(when[order], moments, side="left")
+    fits = np.flatnonzero((before >= k_max) & (after >= least_judged))
+    if not len(fits):
+        raise DataError(
+            f"{where}: no moment has {k_max} records more than {embargo:g} before it and {least_judged} from it on"
+        )
+    at = int(np.random.default_rng(_seed(seed_parts)).choice(fits))
+    last = int(before[at])
+    return FewShotDraw(support=order[last - k_max : last][::-1], query=order[len(when) - int(after[at]) :])
 
 
 def _seed(parts: tuple[str | int, ...]) -> int:

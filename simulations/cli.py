@@ -18,6 +18,8 @@ from metarisk_common.errors import ConfigError
 
 from . import mixed_cli
 from .compare_cli import compare, join_report
+from .draft import draft_command
+from .fetch_cli import fetch
 from .verify_cli import verify
 
 app = typer.Typer(
@@ -202,6 +204,10 @@ def tryout(
     typer.echo(_json(by_hand.summary(made)) if as_json else "\n".join(by_hand.lines(made)))
 
 
+app.command("draft", epilog="Example: metarisk-simulate draft loans.csv --institution lender --label defaulted")(
+    draft_command
+)
+app.command(epilog="Example: metarisk-simulate fetch sba --out data")(fetch)
 app.command(epilog="Example: metarisk-simulate verify")(verify)
 mixed_cli.register(app)
 app.command(epilog="Example: metarisk-simulate compare compare.toml --workers 2")(compare)

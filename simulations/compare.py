@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from metarisk_common.errors import IntegrityError
-from metarisk_common.evaluation import EpisodeScore, Method, run_episodes
+from metarisk_common.evaluation import PLACE, EpisodeScore, Method, run_episodes
 from metarisk_common.features import Encoder
 from metarisk_common.files import write_atomically
 from metarisk_common.params import Params
@@ -273,11 +273,8 @@ def _cell_text(cell: Cell, scores: Sequence[EpisodeScore]) -> str:
 def _read_cell(path: Path) -> list[EpisodeScore]:
     try:
         columns = json.loads(path.read_bytes())["scores"]
-        measured = [name for name in columns if name not in _PLACE]
-        places = zip(*(columns[name] for name in _PLACE), strict=True)
-        values = zip(*(columns[name] for name in measured), strict=True)
-        pairs = zip(places, values, strict=True)
-        return [EpisodeScore(*place, dict(zip(measured, found, strict=True))) for place, found in pairs]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [EpisodeScore(**{name: row.pop(name) for name in PLACE}, values=row) for row in rows]
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(f"{path}: is damaged; remove it, and it is made again with --resume") from None
 

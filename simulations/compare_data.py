@@ -5,6 +5,7 @@ A record that is judged is never learned from: lenders are apart by their names,
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from client.dataset import Dataset, from_frame, read_table
+from client.dataset import Dataset, from_frame
 from client.training import tasks_for
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.evaluation import EvaluationSet
@@ -25,6 +26,7 @@ from . import results
 from .baselines import raw_matrix
 from .comparison import Judging, Part
 from .scenarios import Scenario, data_path, load_scenario
+from .tables import read_scenario_table, table_name
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,23 @@ def open_world(scenario_path: Path) -> World:
         DataError: the table cannot be read, or does not fit the schema.
 
     """
-    table = data_path(load_scenario(scenario_path), scenario_path)
+    scenario = load_scenario(scenario_path)
+    if scenario.data.file is None:
+        content = json.dumps(scenario.data.model_dump(mode="json"), sort_keys=True).encode()
+        return _read(scenario_path, hashlib.sha256(content).hexdigest())
     try:
-        digest = hashlib.sha256(table.read_bytes()).hexdigest()
+        digest = hashlib.sha256(data_path(scenario, scenario_path).read_bytes()).hexdigest()
     except OSError:
         digest = ""  # `read_table` says what is wrong.
-    return _read(scenario_path, table, digest)
+    return _read(scenario_path, digest)
 
 
 @functools.lru_cache(maxsize=1)
-def _read(scenario_path: Path, table: Path, digest: str) -> World:
+def _read(scenario_path: Path, digest: str) -> World:
     scenario = load_scenario(scenario_path)
-    frame = read_table(table)
-    check_table(frame, scenario.columns, str(table))
-    return World(scenario, split_by_institution(frame, scenario.columns, str(table)), str(table), digest)
+    frame, where = read_scenario_table(scenario, scenario_path), table_name(scenario, scenario_path)
+    check_table(frame, scenario.columns, where)
+    return World(scenario, split_by_institution(frame, scenario.columns, where), where, digest)
 
 
 def check_segments(world: World, part: Part) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from metarisk_common.evaluation import Estimate, crossover, estimate, worst_decile
+from metarisk_common.intervals import Estimate, crossover, estimate, worst_decile
 from metarisk_common.metrics import LOWER_IS_BETTER, METRICS
 
 from .compare import BASELINES, Outcome

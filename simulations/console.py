@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from metarisk_common.yardsticks import CREDIT, FieldWords
+
 from .findings import (
     ABSENT,
     PAIRED_DIGITS,
@@ -27,6 +29,7 @@ from .findings import (
     power,
     signed,
     spent,
+    told,
 )
 
 NAME_CELLS = 26
@@ -36,14 +39,18 @@ _EVEN = 0.0005  # half of the last digit shown
 
 
 def results_table(metrics: Metrics, main_method: str) -> Table:
-    """Return AUC after each k with its 95% interval: the main method first, then federated, local and pooled ones.
+    """Return the headline measure after each k: the main method first, then federated, local and pooled ones.
 
-    An interval that lies evenly about its mean is written as half its width, which keeps the table narrow.
+    A 95% interval that lies evenly about its mean is written as half its width, which keeps the table narrow.
     """
     lenders = max(
         [0, *(cell.get("institutions", 0) for cells in metrics["summary"].values() for cell in cells.values())]
     )
-    title = f"AUC by number of labels with 95% intervals: {lenders} unseen lenders, {metrics['draws']} draws"
+    words = told(metrics)
+    measure = words.yardstick.title
+    title = (
+        f"{measure} by number of labels with 95% intervals: {lenders} unseen {words.judged}, {metrics['draws']} draws"
+    )
     table = Table(title=title, title_justify="left", title_style="", pad_edge=False, box=box.SIMPLE_HEAD)
     table.add_column("method", max_width=38)
     for k in metrics["ks"]:
@@ -58,7 +65,7 @@ def results_table(metrics: Metrics, main_method: str) -> Table:
 
 
 def differences_table(metrics: Metrics, main_method: str) -> Table | None:
-    """Return the main method less each other one in AUC, on the same lenders and draws, at the k where gains are shown.
+    """Return the main method less each other one, on the same lenders and draws, at the k where gains are shown.
 
     These are what decides: their intervals are far narrower than those of the means. None where nothing was compared.
     """
@@ -67,7 +74,7 @@ def differences_table(metrics: Metrics, main_method: str) -> Table | None:
     if not rows:
         return None
     main = metrics["methods"][main_method]["title"]
-    title = f"AUC with {k} labels: {main} less each other method, paired"
+    title = f"{told(metrics).yardstick.title} with {k} labels: {main} less each other method, paired"
     table = Table(title=title, title_justify="left", title_style="", pad_edge=False, box=box.SIMPLE_HEAD)
     table.add_column("less", max_width=34)
     for heading in ("difference", "95% interval", "wins", "losses"):
@@ -85,34 +92,33 @@ def differences_table(metrics: Metrics, main_method: str) -> Table | None:
     return table
 
 
-def federated_line(found: FederatedMetrics | None) -> Text | None:
+def federated_line(found: FederatedMetrics | None, words: FieldWords = CREDIT.words) -> Text | None:
     """Return what the lenders' own score histograms say of the result; None where they were not asked."""
     if found is None:
         return None
-    lenders = f"federated metrics, from the noised score histograms of {len(found['admitted'])} lenders"
+    lenders = f"federated metrics, from the noised score histograms of {len(found['admitted'])} {words.institutions}"
     if "auc" not in found:
         return Text(f"{lenders}: the noise leaves nothing to judge by")
-    deviation = fixed(found["auc_noise_std"], PAIRED_DIGITS)
-    return Text(
-        f"{lenders}, on the loans learned from: AUC {fixed(found['auc'])} (noise {deviation}), KS {fixed(found['ks'])}"
+    figures = (
+        f"AUC {fixed(found['auc'])} (noise {fixed(found['auc_noise_std'], PAIRED_DIGITS)}), KS {fixed(found['ks'])}"
     )
+    return Text(f"{lenders}, on the {words.records} learned from: {figures}")
 
 
-def privacy_lines(privacy: Privacy) -> RenderableType:
+def privacy_lines(privacy: Privacy, words: FieldWords = CREDIT.words) -> RenderableType:
     """Return what every lender's ledger says was spent, in columns, under a line that names the extremes."""
     budget, accounts = privacy["epsilon_budget"], privacy["by_institution"]
     claim = f"delta {power(privacy['delta'])}, for {privacy['unit']}"
     if not accounts:
-        return Text(f"epsilon: no lender has a ledger ({claim})")
+        return Text(f"epsilon: no {words.institution} has a ledger ({claim})")
     if not math.isfinite(budget):
-        return Text(f"epsilon: no bound, for none of {len(accounts)} lenders; the noise was switched off")
+        return Text(f"epsilon: no bound, for none of {len(accounts)} {words.institutions}; the noise was switched off")
     ordered = sorted(accounts.items(), key=lambda item: (item[1]["spent"], item[0]))
     (lowest, low), (highest, high) = ordered[0], ordered[-1]
     least, most = spent(low["spent"]), spent(high["spent"])
     extent = f"each {most}" if least == most else f"from {least} ({lowest}) to {most} ({highest})"
-    head = Text(
-        f"epsilon spent of {budget:g} by {len(accounts)} lenders, from their ledgers, rounded up: {extent}; {claim}"
-    )
+    who = f"{len(accounts)} {words.institutions}"
+    head = Text(f"epsilon spent of {budget:g} by {who}, from their ledgers, rounded up: {extent}; {claim}")
     width = max(cell_len(name) for name in accounts)
     if len({name[: NAME_CELLS - 1] for name in accounts}) == len(accounts):
         width = min(NAME_CELLS, width)

@@ -126,7 +126,7 @@ def judge(
     summary = summarise(scores)
 
     def auc(name: str, k: int) -> float:
-        return summary[name][str(k)]["auc"]["mean"]
+        return float(summary[name][str(k)]["auc"]["mean"])
 
     rivals = [method.name for method in methods if method.learned == rival]
     rows = []

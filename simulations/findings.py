@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NotRequired, TypedDict
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
 
 from metarisk_common import charts
-
-Measure = Literal["auc", "ks", "log_loss", "brier"]
+from metarisk_common.yardsticks import CREDIT, YARDSTICKS, Field, Yardstick
 
 ABSENT = "\u2013"
 PAIRED_DIGITS = 4
@@ -27,19 +27,12 @@ class Estimate(TypedDict):
     ci95: Sequence[float | None]
 
 
-class Cell(TypedDict, total=False):
-    """One method after k labels; what was not measured is left out."""
-
-    auc: Estimate
-    ks: Estimate
-    log_loss: Estimate
-    brier: Estimate
-    worst_decile: Mapping[str, float | None]
-    institutions: int
+Cell = Mapping[str, Any]
+"""One method after k labels: an `Estimate` for each measure, `worst_decile` and `institutions`; see `evaluation`."""
 
 
 class Paired(TypedDict):
-    """Difference in AUC, method less baseline, on the same lenders, draws and labels."""
+    """Difference in the headline measure, method less baseline, on the same lenders, draws and labels."""
 
     method: str
     baseline: str
@@ -51,7 +44,7 @@ class Paired(TypedDict):
 
 
 class Gains(TypedDict):
-    """Difference in AUC of each unseen lender after k labels, method less baseline."""
+    """Difference in the headline measure of each unseen lender after k labels, method less baseline."""
 
     k: int
     baseline: str
@@ -60,7 +53,11 @@ class Gains(TypedDict):
 
 
 class Metrics(TypedDict):
-    """The content of a run's `metrics.json`; in `summary`: method, then k as text."""
+    """The content of a run's `metrics.json`; in `summary`: method, then k as text.
+
+    `field`: whose yardstick was used, credit where absent; `judged`: "tasks" where institutions that took part are
+    judged too, on records that nobody learned from; `min_positives`: what a support was selected to hold.
+    """
 
     ks: Sequence[int]
     draws: int
@@ -69,6 +66,29 @@ class Metrics(TypedDict):
     paired: Sequence[Paired]
     gain_by_institution: Gains | None
     share_harmed: Mapping[str, float]
+    field: NotRequired[Field]
+    judged: NotRequired[Literal["institutions", "tasks"]]
+    min_positives: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class Told:
+    """The words of a run: its yardstick, who takes part, and who is judged, in the singular and in the plural."""
+
+    yardstick: Yardstick
+    one: str
+    many: str
+    judged_one: str
+    judged: str
+    tasks: bool
+
+
+def told(metrics: Metrics) -> Told:
+    """Return the words in which a run is told."""
+    yardstick = YARDSTICKS[metrics.get("field", CREDIT.name)]
+    words, tasks = yardstick.words, metrics.get("judged") == "tasks"
+    one, many = ("task", "tasks") if tasks else (words.institution, words.institutions)
+    return Told(yardstick, words.institution, words.institutions, one, many, tasks)
 
 
 class Account(TypedDict):
@@ -156,9 +176,10 @@ def power(value: float) -> str:
     return f"{value:g}".replace("e-0", "e-")
 
 
-def estimate(metrics: Metrics, method: str, k: int, measure: Measure = "auc") -> Estimate | None:
-    """Return what was measured of a method after k labels, or None where nothing was."""
-    found = metrics["summary"].get(method, {}).get(str(k), Cell()).get(measure)
+def estimate(metrics: Metrics, method: str, k: int, measure: str | None = None) -> Estimate | None:
+    """Return what was measured of a method after k labels, of the headline by default; None where nothing was."""
+    name = told(metrics).yardstick.headline if measure is None else measure
+    found: Estimate | None = metrics["summary"].get(method, {}).get(str(k), {}).get(name)
     if found is None or found["mean"] is None or not math.isfinite(found["mean"]):
         return None
     return found
@@ -197,7 +218,7 @@ def verdict(pair: Paired | None) -> Literal["better", "worse", "not told apart",
 
 
 def strongest_local(metrics: Metrics, k: int) -> str | None:
-    """Return the local method with the highest mean AUC after k labels: the one that an honest claim must beat."""
+    """Return the local method that does best after k labels, by the headline: an honest claim must beat that one."""
     found = {
         name: estimate(metrics, name, k) for name, method in metrics["methods"].items() if method["kind"] == "local"
     }
@@ -210,12 +231,16 @@ def finding(metrics: Metrics, main_method: str) -> str:
     gains = gains_of(metrics, main_method)
     method, baseline, k = gains["method"], gains["baseline"], gains["k"]
     first = verdict(paired_with(metrics, method, baseline, k))
-    start = f"With {k} labels, a lender the model has never seen ranks risk"
+    words = told(metrics)
+    question = words.yardstick.words.question
+    start = f"With {k} labels, a {words.one} the model has never seen {question}"
+    if words.tasks:
+        start = f"With {k} labels of a kind that nobody learned from, a {words.one} {question}"
     sentence = {
         "better": f"{start} better from the shared start than alone",
         "worse": f"{start} worse from the shared start than alone",
         "not told apart": f"{start} from the shared start no better or worse than alone, as far as this run can tell",
-        "not compared": "This run did not compare the shared start with a lender on its own",
+        "not compared": f"This run did not compare the shared start with a {words.one} on its own",
     }[first]
     strongest = strongest_local(metrics, k)
     if first == "better" and strongest not in {None, baseline}:

@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 
 from metarisk_common.errors import ConfigError, DataError
-from metarisk_common.evaluation import Crossover, EvaluationSet, Method, Predictor, crossover
+from metarisk_common.evaluation import EvaluationSet, Method, Predictor
+from metarisk_common.intervals import Crossover, crossover
 from metarisk_common.privacy import epsilon
 from metarisk_common.table import require_columns
 

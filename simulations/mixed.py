@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from client.dataset import Dataset, from_frame, read_table
+from client.dataset import Dataset, from_frame
 from metarisk_common.features import Encoder
 from metarisk_common.params import Params
 from metarisk_common.plan import InnerLoop, ModelSpec, Plan
@@ -24,7 +24,8 @@ from metarisk_common.schema import Schema
 from metarisk_common.table import split_by_institution
 
 from . import contest
-from .scenarios import Scenario, built_in, data_path, load_scenario, split
+from .scenarios import Scenario, built_in, load_scenario, split
+from .tables import read_scenario_table
 
 COLUMN: Final = "business_age"
 RIVAL: Final = "target alone"
@@ -129,7 +130,7 @@ def initializations(setup: Setup, table: pl.DataFrame, *, room: int) -> tuple[di
 def hold(setup: Setup, *, draws: int = 10, ks: tuple[int, ...] = KS) -> list[contest.Row]:
     """Judge what was learned in each domain, and in both, on the target's unseen lenders; rows against the target's."""
     path = built_in("credit")
-    table = read_table(data_path(load_scenario(path), path))
+    table = read_scenario_table(load_scenario(path), path)
     learned, found = initializations(setup, table, room=max(ks) + 100)
     methods = contest.entrants(learned, VARIANCES)
     return contest.judge(methods, RIVAL, contest.judging_sets(found.unseen), ks, draws=draws, seed=setup.seed)

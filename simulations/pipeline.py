@@ -16,10 +16,11 @@ from metarisk_common.schema import Schema
 
 from . import experiment, results, runfolder
 from .console import RoundProgress, differences_table, federated_line, privacy_lines, results_table
-from .findings import Account, Metrics, Privacy, Round
+from .findings import Account, Metrics, Privacy, Round, told
 from .report import ReportData, write_report
 from .runfolder import RunFolder
-from .scenarios import Scenario, data_path, load_scenario
+from .scenarios import Scenario, load_scenario
+from .tables import read_scenario_table, table_name
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ def execute(request: Request) -> dict[str, Any]:
         out.print(differences)
     records = cast("list[Round]", run.journal())
     federated = records[-1].get("federated_metrics")
-    line = federated_line(federated)
+    words = told(shown).yardstick.words
+    line = federated_line(federated, words)
     if line is not None:
         out.print(line)
-    out.print(privacy_lines(privacy))
+    out.print(privacy_lines(privacy, words))
     short = sum(not record["quorum"] for record in records)
     if short:
         _print(out, f"{short} round(s) had too few reports to learn from; see: metarisk-server status {run.path}")
@@ -150,11 +152,9 @@ def _open(request: Request) -> RunFolder:
     if request.scenario is None:
         raise ConfigError(f"{request.out}: holds no run that could be resumed; name a scenario to start one")
     scenario = _scenario(request, request.scenario)
-    table = data_path(scenario, request.scenario)
+    table, where = read_scenario_table(scenario, request.scenario), table_name(scenario, request.scenario)
     path = request.out or runfolder.unused_folder(request.runs, scenario.name)
-    return runfolder.prepare(
-        path, scenario, read_table(table), where=str(table), epsilon=request.epsilon, engine=request.engine
-    )
+    return runfolder.prepare(path, scenario, table, where=where, epsilon=request.epsilon, engine=request.engine)
 
 
 def _resumed(path: Path, request: Request) -> RunFolder:

@@ -51,16 +51,16 @@ def _across(item: Series, first: float, last: float) -> tuple[Point, ...]:
     return (Point(first, only.mean, only.low, only.high), Point(last, only.mean, only.low, only.high))
 
 
-def curves(series: Sequence[Series], xs: Sequence[int], words: Words, layout: Layout) -> str:
+def curves(series: Sequence[Series], xs: Sequence[int], words: Words, layout: Layout, floor: float = 0.5) -> str:
     """Draw means against x (on a square-root scale) with their intervals; a wide layout names the lines at their ends.
 
-    The y axis starts at 0.5 or below, because an AUC of 0.5 is what guessing gets. The first series is the main one:
-    it is drawn last, on top.
+    The y axis starts at `floor` or below: at what guessing gets, which is 0.5 for an AUC. The first series is the main
+    one: it is drawn last, on top.
     """
     drawn = [Series(s.title, s.style, _across(s, min(xs), max(xs)), s.level) for s in series if s.points]
     lows = [point.low for item in drawn for point in item.points]
     highs = [point.high for item in drawn for point in item.points]
-    ticks = nice_ticks(min(0.5, *lows), max(highs)) if drawn else nice_ticks(0.5, 1)
+    ticks = nice_ticks(min(floor, *lows), max(highs)) if drawn else nice_ticks(floor, 1)
     right = layout.width - (318.0 if layout.wide else 10.0)
     frame = Frame(40.0, right, 30.0, layout.height - 48.0, ticks)
     root = math.sqrt(max(*xs, 1))

@@ -33,6 +33,7 @@ from .findings import (
     signed,
     spent,
     strongest_local,
+    told,
     verdict,
 )
 
@@ -102,10 +103,19 @@ def render_report(report: ReportData) -> str:
         federated=report.journal[-1].get("federated_metrics") if report.journal else None,
         refusals=_refusals(report.journal),
         charts=_charts(report),
+        told=told(metrics),
+        measures=_measures(metrics),
         plan_hash=plan_hash(report.plan),
         plan_rows=_flat({key: value for key, value in report.plan.items() if key != "data"}),
         schema=schema if isinstance(schema, Mapping) else {},
     )
+
+
+def _measures(metrics: Metrics) -> list[str]:
+    """Return the measures of the large table beside the headline: those that the field reports and the run has."""
+    yardstick = told(metrics).yardstick
+    known = {name for cells in metrics["summary"].values() for cell in cells.values() for name in cell}
+    return [name for name in yardstick.metrics if name not in {yardstick.headline, "calibration"} and name in known]
 
 
 def plan_hash(plan: Mapping[str, object]) -> str:
@@ -148,23 +158,25 @@ def _charts(report: ReportData) -> Charts:
     gains = gains_of(metrics, report.main_method)
     known = gains["gains"]
     series = _series(metrics, report.main_method)
+    words = told(metrics)
+    measure = words.yardstick.title
     titles = {name: method["title"] for name, method in metrics["methods"].items()}
-    told = "; ".join(f"{s.title}: " + ", ".join(f"{fixed(p.mean)} at {p.x:g}" for p in s.points) for s in series)
+    said = "; ".join(f"{s.title}: " + ", ".join(f"{fixed(p.mean)} at {p.x:g}" for p in s.points) for s in series)
     curve = charts.Words(
-        "curve", "AUC by number of labels", f"Mean AUC over unseen lenders. {told}.",
-        "labels at the new lender (square-root scale)", "AUC, mean over unseen lenders",
+        "curve", f"{measure} by number of labels", f"Mean {measure} over unseen {words.judged}. {said}.",
+        f"labels at the new {words.judged_one} (square-root scale)", f"{measure}, mean over unseen {words.judged}",
     )  # fmt: skip
     losers = sum(value < 0 for value in known.values())
     gain = charts.Words(
-        "gain", f"Gain of each unseen lender with {gains['k']} labels",
-        f"{len(known) - losers} lenders do not lose, {losers} lose. The table of this section has the numbers.",
-        f"AUC gained over {titles.get(gains['baseline'], gains['baseline'])}",
+        "gain", f"Gain of each unseen {words.judged_one} with {gains['k']} labels",
+        f"{len(known) - losers} {words.judged} do not lose, {losers} lose. The table of this section has the numbers.",
+        f"{measure} gained over {titles.get(gains['baseline'], gains['baseline'])}",
     )  # fmt: skip
     accounts, budget = privacy["by_institution"], privacy["epsilon_budget"]
     epsilon = charts.Words(
-        "epsilon", "Epsilon spent by each lender",
-        f"{len(accounts)} lenders, budget {budget:g}. The table of this section has the numbers.",
-        "participating lenders, largest first", "epsilon spent",
+        "epsilon", f"Epsilon spent by each {words.one}",
+        f"{len(accounts)} {words.many}, budget {budget:g}. The table of this section has the numbers.",
+        f"participating {words.many}, largest first", "epsilon spent",
     )  # fmt: skip
     norms = charts.Words(
         "norm", "Mean norm of the meta-updates", "By round.", "round", "mean L2 norm of the noised meta-updates"
@@ -177,7 +189,9 @@ def _charts(report: ReportData) -> Charts:
     sizes = [(r["round"], r["mean_update_norm"]) for r in report.journal]
     rates = [(r["round"], r["server_learning_rate"]) for r in report.journal]
     return {
-        "curve": "\n".join(plots.curves(series, metrics["ks"], curve, layout) for layout in (WIDE, NARROW)),
+        "curve": "\n".join(
+            plots.curves(series, metrics["ks"], curve, layout, words.yardstick.words.floor) for layout in (WIDE, NARROW)
+        ),
         "legend": "\n".join(plots.legend(series)),
         "gain": "\n".join(plots.gain_bars(gain_rows, gain, layout) for layout in (WIDE, NARROW)),
         "epsilon": "\n".join(plots.budget_bars(spent_rows, budget, epsilon, layout) for layout in low),

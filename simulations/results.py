@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import polars as pl
 
 from client.dataset import read_table
-from metarisk_common.errors import ConfigError
+from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.evaluation import (
+    DrawRule,
     EpisodeScore,
     EvaluationSet,
     Method,
+    at_random,
+    in_time,
     paired_difference,
     run_episodes,
     share_harmed,
@@ -23,16 +27,19 @@ from metarisk_common.features import Encoder
 from metarisk_common.files import write_atomically
 from metarisk_common.params import Params
 from metarisk_common.prior import LearnedPrior
-from metarisk_common.schema import Schema
-from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
+from metarisk_common.schema import NumericLabel, Schema
+from metarisk_common.table import check_table, check_two_classes, labels, require_columns, split_by_institution
+from metarisk_common.yardsticks import CREDIT, VOLATILITY, YARDSTICKS
 
-from . import baselines
+from . import baselines, market_episodes
 from .experiment import MAIN, data_files
 from .runfolder import RunFolder
+from .scenarios import Evaluation, Scenario
 
 GAIN_K = 50
 """Labels at which the gain of each institution is shown, or the nearest number that was evaluated."""
 
+_MICROSECONDS_A_DAY: Final = 86_400_000_000
 _TITLES: Final = {
     "reptile": "Reptile",
     "fedavg": "FedAvg",
@@ -65,11 +72,19 @@ def method_names(run: RunFolder) -> dict[str, str]:
     return {MAIN: f"{prefix}{algorithm}", "no-dp": f"{algorithm}-no-dp", "joint": f"{prefix}joint"}
 
 
-def evaluation_sets(frame: pl.DataFrame, schema: Schema, where: str) -> list[EvaluationSet]:
+def evaluation_sets(
+    frame: pl.DataFrame, schema: Schema, where: str, extra: Mapping[str, str] | None = None
+) -> list[EvaluationSet]:
     """Check a table and encode it, institution by institution.
 
+    Args:
+        frame: the table.
+        schema: what its columns are.
+        where: the table's name, for messages.
+        extra: columns of numbers or dates that the yardstick asks for, by its names for them.
+
     Raises:
-        DataError: the table does not fit the schema, or an institution, named, has one class only.
+        DataError: the table does not fit the schema, lacks a column, or an institution, named, has one class only.
 
     """
     check_table(frame, schema, where)
@@ -77,10 +92,30 @@ def evaluation_sets(frame: pl.DataFrame, schema: Schema, where: str) -> list[Eva
     sets = []
     for name, table in split_by_institution(frame, schema, where).items():
         y = labels(table, schema.label, where)
-        check_two_classes(y, f"{where}: institution '{name}'")
+        if not schema.regression:
+            check_two_classes(y, f"{where}: institution '{name}'")
         x, _ = encoder.encode(table, where)
-        sets.append(EvaluationSet(name, x, baselines.raw_matrix(table, schema, where).values, y))
+        known = {key: _numbers(table, column, where) for key, column in (extra or {}).items()}
+        sets.append(EvaluationSet(name, x, baselines.raw_matrix(table, schema, where).values, y, known))
     return sets
+
+
+def _numbers(table: pl.DataFrame, column: str, where: str) -> np.ndarray:
+    """Return `(rows,)` of a column that no model sees; dates and times count in days."""
+    require_columns(table, (column,), where)
+    values = table[column]
+    if values.dtype.is_temporal():
+        return values.cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64).to_numpy() / _MICROSECONDS_A_DAY
+    found = values.cast(pl.Float64, strict=False)
+    if found.null_count() or not found.is_finite().all():
+        raise DataError(f"{where}: column '{column}' must hold a number or a date in every row that is judged")
+    return found.to_numpy()
+
+
+def extras(scenario: Scenario) -> dict[str, str]:
+    """Return the columns that a scenario's yardstick needs, by the yardstick's names for them."""
+    named = {"amount": scenario.evaluation.amount, "day": scenario.evaluation.day}
+    return {key: column for key, column in named.items() if column is not None}
 
 
 def measure(
@@ -101,15 +136,30 @@ def measure(
 
     """
     evaluation = run.scenario.evaluation
-    sets = evaluation_sets(frame, run.scenario.columns, where)
+    yardstick, schema = YARDSTICKS[evaluation.field], run.scenario.columns
+    if schema.regression != (evaluation.field == VOLATILITY.name):
+        what = "a number" if schema.regression else "one of two outcomes"
+        raise ConfigError(f'{run.path}: evaluation.field = "{evaluation.field}" does not fit a label that is {what}')
+    sets = evaluation_sets(frame, schema, where, extras(run.scenario))
+    if isinstance(schema.label, NumericLabel):
+        known = {"reference": float(np.mean(_pool(run)[1])), "scale": schema.label.scale}
+        sets = [_with_constants(item, known) for item in sets]
+        sets = market_episodes.with_forecasts(sets, frame, schema.institution, schema.label)
     taken = [item.institution for item in sets if item.institution in run.sizes]
     if taken:
         message = f"{where}: {len(taken)} institution(s) took part in the run, '{taken[0]}' among them"
         raise ConfigError(f"{message}; leave them out, or they would not be unseen")
     chosen = tuple(sorted(set(ks))) if ks is not None else evaluation.k
-    methods, described = _methods(run, initializations)
+    methods, described = _methods(run, initializations, frame)
     scores = run_episodes(
-        sets, methods, chosen, draws=draws or evaluation.draws, seed=evaluation.seed, on_progress=on_progress
+        sets,
+        methods,
+        chosen,
+        draws=draws or evaluation.draws,
+        seed=evaluation.seed,
+        yardstick=yardstick,
+        draw=draw_rule(evaluation),
+        on_progress=on_progress,
     )
     main = method_names(run)[MAIN]
     metrics = {
@@ -118,12 +168,31 @@ def measure(
         "main_method": main,
         "not_private": run.not_private,
         "methods": described,
-        "summary": summarise(scores),
-        "paired": _paired(scores, main, list(described), chosen),
-        "gain_by_institution": _gains(scores, main, list(described), chosen),
-        "share_harmed": {str(k): share_harmed(scores, main, k) for k in chosen if k > 0 and 0 in chosen},
+        "summary": summarise(scores, yardstick),
+        "paired": _paired(scores, main, list(described), chosen, yardstick.headline),
+        "gain_by_institution": _gains(scores, main, list(described), chosen, yardstick.headline),
+        "share_harmed": {
+            str(k): share_harmed(scores, main, k, metric=yardstick.headline) for k in chosen if k > 0 and 0 in chosen
+        },
     }
+    if evaluation.field != CREDIT.name:
+        metrics["field"] = evaluation.field
+    if run.scenario.splits.by is not None:
+        metrics["judged"] = "tasks"
+    if evaluation.min_positives > 1:
+        metrics["min_positives"] = evaluation.min_positives
     return Results(scores, metrics, main)
+
+
+def draw_rule(evaluation: Evaluation) -> DrawRule:
+    """Return how a scenario's draws are made: in time where it names an embargo, at random elsewhere."""
+    if evaluation.embargo is not None:
+        return partial(in_time, embargo=evaluation.embargo, least_judged=evaluation.least_judged)
+    return partial(at_random, min_positives=evaluation.min_positives)
+
+
+def _with_constants(item: EvaluationSet, known: Mapping[str, float]) -> EvaluationSet:
+    return replace(item, extra={**item.extra, **{name: np.full(len(item.y), value) for name, value in known.items()}})
 
 
 def learned_prior(run: RunFolder) -> np.ndarray | None:
@@ -139,7 +208,9 @@ def save_results(run: RunFolder, results: Results) -> None:
     write_atomically(run.path / "episodes.json", json.dumps(results.to_json()["episodes"]).encode())
 
 
-def _methods(run: RunFolder, found: Mapping[str, Params]) -> tuple[list[Method], dict[str, dict[str, Any]]]:
+def _methods(
+    run: RunFolder, found: Mapping[str, Params], judged: pl.DataFrame
+) -> tuple[list[Method], dict[str, dict[str, Any]]]:
     names = method_names(run)
     algorithm = _TITLES[run.plan.inner.algorithm]
     private = run.plan.mechanism.noise_multiplier > 0
@@ -152,18 +223,24 @@ def _methods(run: RunFolder, found: Mapping[str, Params]) -> tuple[list[Method],
         described[names[key]] = {"title": titles[key], "kind": "federated", "private": private and key != "no-dp"}
     if not run.scenario.evaluation.baselines:
         return methods, described
+    for method, title, kind in _rivals(run, judged):
+        methods.append(method)
+        described[method.name] = {"title": title, "kind": kind, "private": False}
+    return methods, described
+
+
+def _rivals(run: RunFolder, judged: pl.DataFrame) -> list[tuple[Method, str, str]]:
+    """Return what a run is measured against, with titles and kinds."""
     raw, y = _pool(run)
-    others: list[tuple[Method, str, str]] = [
+    if run.scenario.columns.regression:
+        return market_episodes.rivals(raw, y, market_episodes.forecasts_in(judged))
+    return [
         (baselines.LocalLogistic(), "Own logistic regression", "local"),
         (baselines.LocalLogisticBinned(), "Own logistic regression, same inputs", "local"),
         (baselines.LocalLightGBM(), "Own LightGBM", "local"),
         (baselines.pooled_logistic(raw, y), "Pooled logistic regression", "pooled"),
         (baselines.pooled_lightgbm(raw, y), "Pooled LightGBM (oracle)", "pooled"),
     ]
-    for method, title, kind in others:
-        methods.append(method)
-        described[method.name] = {"title": title, "kind": kind, "private": False}
-    return methods, described
 
 
 def _initialization(run: RunFolder, name: str, params: Params) -> Method:
@@ -182,25 +259,29 @@ def _pool(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
     return baselines.raw_matrix(pooled, schema).values, labels(pooled, schema.label, str(run.path))
 
 
-def _paired(scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Sequence[int]) -> list[dict[str, Any]]:
+def _paired(
+    scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Sequence[int], metric: str
+) -> list[dict[str, Any]]:
     scored = {(score.method, score.k) for score in scores}
     rows = []
     for other in methods:
         for k in ks:
             if other != main and (other, k) in scored:
-                difference = paired_difference(scores, main, other, k)
+                difference = paired_difference(scores, main, other, k, metric)
                 row = {key: difference[key] for key in ("mean", "ci95", "wins", "losses")}
                 rows.append({"method": main, "baseline": other, "k": k, **row})
     return rows
 
 
-def _gains(scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Sequence[int]) -> dict[str, Any] | None:
+def _gains(
+    scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Sequence[int], metric: str
+) -> dict[str, Any] | None:
     positive = [k for k in ks if k > 0]
     local = [name for name in methods if name.startswith("local-")]
     if not positive or not local:
         return None
     k = min(positive, key=lambda value: abs(value - GAIN_K))
-    mean = {name: np.mean([s["auc"] for s in scores if s.method == name and s.k == k]) for name in local}
+    mean = {name: np.mean([s[metric] for s in scores if s.method == name and s.k == k]) for name in local}
     strongest = max(local, key=lambda name: float(mean[name]))
-    gains = paired_difference(scores, main, strongest, k)["by_institution"]
+    gains = paired_difference(scores, main, strongest, k, metric)["by_institution"]
     return {"k": k, "baseline": strongest, "method": main, "gains": gains}

@@ -4,7 +4,7 @@ run.json            what was asked for: run id, engine, split, declared sizes, v
 scenario.json       the scenario as it was
 plan.json           the plan that every bank approved
 banks/001-name/     a bank: institution.toml, data.parquet, approved/, ledger.sqlite
-unseen.parquet      records of the institutions that take no part
+unseen.parquet      records that are judged: of the institutions that take no part, or of later segments
 checkpoint/         the server's state; journal.jsonl: a line a round
 initializations.safetensors   meta-parameters by method
 metrics.json, episodes.json, report.html
@@ -42,6 +42,7 @@ from server.rounds import JOURNAL
 
 from .inprocess import Node
 from .scenarios import Scenario, Split, split
+from .unseen import learned_from, unseen_tasks
 
 _INFO = {
     "run_id",
@@ -132,10 +133,12 @@ def prepare(
     _check_place(path)
     check_table(frame, scenario.columns, where)
     _check_categories(frame, scenario.columns, where)
-    tables = split_by_institution(frame, scenario.columns, where)
+    judged = unseen_tasks(scenario, frame, where)
+    tables = split_by_institution(learned_from(scenario, frame), scenario.columns, where)
     parts = split(scenario, list(tables))
-    for name, table in tables.items():
-        _check_institution(scenario, name, labels(table, scenario.columns.label, where), name in parts.unseen, where)
+    for name in sorted({*parts.seen, *judged}):
+        y = labels(judged[name] if name in judged else tables[name], scenario.columns.label, where)
+        _check_institution(scenario, name, y, name in judged, where)
     budget = scenario.privacy.epsilon if epsilon is None else epsilon
     plan = scenario.plan(epsilon=budget)
     _check_limits(scenario, {name: _size(tables[name], scenario.columns) for name in parts.seen})
@@ -145,7 +148,7 @@ def prepare(
         made = Path(mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
             made.chmod(0o755)
-            info = _lay_out(made, scenario, plan, tables, parts, budget, engine)
+            info = _lay_out(made, scenario, plan, tables, parts, judged, budget, engine)
             made.replace(path)
         except BaseException:
             rmtree(made, ignore_errors=True)
@@ -161,13 +164,14 @@ def _lay_out(
     plan: Plan,
     tables: Mapping[str, pl.DataFrame],
     parts: Split,
+    judged: Mapping[str, pl.DataFrame],
     budget: float,
     engine: str,
 ) -> dict[str, Any]:
     folders = {name: f"{index:03d}-{_slug(name)}" for index, name in enumerate(parts.seen, 1)}
     for name, folder in folders.items():
         _write_bank(path / "banks" / folder, name, tables[name], scenario, plan, budget)
-    pl.concat([tables[name] for name in parts.unseen]).write_parquet(path / "unseen.parquet")
+    pl.concat(list(judged.values())).write_parquet(path / "unseen.parquet")
     write_atomically(path / "scenario.json", scenario.model_dump_json(by_alias=True, indent=1).encode())
     write_atomically(path / "plan.json", plan.to_json().encode())
     info = {
@@ -179,7 +183,7 @@ def _lay_out(
         "epsilon": budget if math.isfinite(budget) else None,
         "plan_hash": plan.hash(),
         "banks": folders,
-        "unseen": list(parts.unseen),
+        "unseen": list(judged),
         "declared_sizes": {name: _size(tables[name], scenario.columns) for name in parts.seen},
         "versions": {package: version(package) for package in PACKAGES},
     }
@@ -222,10 +226,15 @@ def _check_place(path: Path) -> None:
 def _check_institution(scenario: Scenario, name: str, y: np.ndarray, unseen: bool, where: str) -> None:  # noqa: FBT001
     """Raise for what would only come to light after training, at the end of a long run."""
     institution = f"{where}: institution '{name}'"
+    if scenario.columns.regression:
+        return
     check_two_classes(y, institution)
     positive = [k for k in scenario.evaluation.k if k > 0]
     if unseen and positive:
-        few_shot_draw(y, k_min=positive[0], k_max=positive[-1], seed_parts=(), where=institution)
+        few_shot_draw(
+            y, k_min=positive[0], k_max=positive[-1], seed_parts=(), where=institution,
+            min_positives=scenario.evaluation.min_positives,
+        )  # fmt: skip
     if len(name) > 200:  # noqa: PLR2004 - what a message's field may hold
         raise DataError(f"{where}: an institution's name has {len(name)} characters; shorten it to 200")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -17,15 +17,33 @@ from metarisk_common.errors import ConfigError
 from metarisk_common.plan import InnerLoop, Mechanism, ModelSpec, OuterLoop, Plan, ScoreHistograms
 from metarisk_common.privacy import PrivacyEvent
 from metarisk_common.schema import Schema
+from metarisk_common.yardsticks import Field as RiskField
 
-BUILT_IN = {"credit": "sba.toml"}
+BUILT_IN = {"credit": "sba.toml", "fraud": "fraud.toml", "volatility": "volatility.toml"}
 """Scenarios that come with the package, by the name `--scenario` takes."""
 
 
 class DataFile(Frozen):
-    """Where the table is; a relative path counts from the scenario's own folder."""
+    """Where the table is; a relative path counts from the scenario's own folder.
 
-    file: str = Field(min_length=1)
+    Either a `file`, as it stands or made into records by a `recipe`, or a `generator` of synthetic records; `options`
+    are the recipe's or the generator's. See `simulations.tables`.
+    """
+
+    file: str | None = Field(default=None, min_length=1)
+    generator: str | None = None
+    recipe: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.file is None) == (self.generator is None):
+            raise ValueError("data: give either file or generator")
+        if self.recipe is not None and self.file is None:
+            raise ValueError("data.recipe makes records of data.file; a generator takes none")
+        if self.options and self.generator is None and self.recipe is None:
+            raise ValueError("data.options belong to a generator or a recipe; a file takes none")
+        return self
 
 
 class Privacy(Frozen):
@@ -50,9 +68,21 @@ class FederatedMetrics(Frozen):
 
 
 class Splits(Frozen):
-    """Institutions that take no part in training: their names, or how many to choose by a hash of their names."""
+    """Institutions that take no part in training: their names, or how many to choose by a hash of their names.
+
+    `later`: values of the public column `by` (a product in a later period, say) that nobody learns from. Where they are
+    given, every institution is judged on its records of each of them, those that took part included.
+    """
 
     unseen: Annotated[int, Field(ge=1)] | tuple[str, ...] | None = None
+    by: str | None = None
+    later: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.by is None) != (not self.later):
+            raise ValueError("by, a public column, and later, values of it that nobody learns from, go together")
+        return self
 
     @field_validator("unseen", mode="before")
     @classmethod
@@ -72,6 +102,18 @@ class Evaluation(Frozen):
     """How an initialization is adapted to k labels; see `metarisk_common.adapters`."""
     prior_variance: float = Field(default=0.3, gt=0, le=1e6)
     baselines: bool = True
+    field: RiskField = "credit"
+    """Whose measures and words are used; see `metarisk_common.yardsticks`."""
+    min_positives: int = Field(default=1, ge=1)
+    """Positives that the smallest support holds at least; see `metarisk_common.tasks.few_shot_draw`."""
+    amount: str | None = None
+    """Column of what is at stake, for the value captured."""
+    day: str | None = None
+    """Column of days, as numbers or dates, for alerts a day and for `embargo`."""
+    embargo: float | None = Field(default=None, ge=0)
+    """Draws in time where given: every label adapted on is known at least so many days before what is judged."""
+    least_judged: int = Field(default=50, ge=1)
+    """Records that a draw in time leaves to judge by, at least."""
 
     @field_validator("k")
     @classmethod
@@ -79,6 +121,15 @@ class Evaluation(Frozen):
         if 1 in value:
             raise ValueError("k = 1 cannot hold both outcomes; use 0, or 2 and more")
         return tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        if self.embargo is not None and self.day is None:
+            raise ValueError("embargo needs day, the column that says when a record is of")
+        smallest = min((k for k in self.k if k > 0), default=None)
+        if smallest is not None and smallest <= self.min_positives:
+            raise ValueError(f"min_positives = {self.min_positives} must be below the smallest k above 0, {smallest}")
+        return self
 
 
 class Scenario(Frozen):
@@ -155,6 +206,8 @@ class Scenario(Frozen):
 
     def _metrics_events(self) -> list[PrivacyEvent]:
         """What the histograms of a whole run cost: it is known before the training's noise is."""
+        if self.metrics is None:
+            return []
         bare = Plan(
             name=self.name, data=self.columns, mechanism=Mechanism(noise_multiplier=1.0),
             outer=self.server, metrics=self._histograms(),
@@ -209,7 +262,14 @@ def built_in(name: str) -> Path:
 
 
 def data_path(scenario: Scenario, scenario_path: Path) -> Path:
-    """Return the scenario's table; a relative path counts from the folder of the scenario's file."""
+    """Return the file of the scenario's table; a relative path counts from the folder of the scenario's file.
+
+    Raises:
+        ConfigError: its table is generated, and no file.
+
+    """
+    if scenario.data.file is None:
+        raise ConfigError(f"{scenario_path}: its table comes from generator '{scenario.data.generator}', not of a file")
     return scenario_path.parent / scenario.data.file
 
 

@@ -15,13 +15,13 @@ from tempfile import mkdtemp
 
 import polars as pl
 
-from client.dataset import read_table
 from metarisk_common.errors import ConfigError
 from metarisk_common.files import write_atomically
 from metarisk_common.plan import Plan
 from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
 
-from .scenarios import Scenario, data_path, load_scenario, split
+from .scenarios import Scenario, load_scenario, split
+from .tables import read_scenario_table, table_name
 
 PLAN_FILE = "plan.json"
 ROUNDS, DEADLINE_SECONDS = 10, 60.0
@@ -76,8 +76,8 @@ def prepare(path: Path, scenario_path: Path, *, lenders: int, epsilon: float) ->
     """
     _check_place(path)
     scenario = load_scenario(scenario_path)
-    where = data_path(scenario, scenario_path)
-    tables = _chosen(scenario, read_table(where), str(where), lenders)
+    where = table_name(scenario, scenario_path)
+    tables = _chosen(scenario, read_scenario_table(scenario, scenario_path), where, lenders)
     sizes = {name: rounded(_size(table, scenario)) for name, table in tables.items()}
     plan = plan_for(scenario, sizes, epsilon)
     try:

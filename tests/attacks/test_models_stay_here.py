@@ -41,6 +41,8 @@ NETWORK = frozenset({
     "telnetlib", "urllib", "urllib3", "uvicorn", "websockets", "xmlrpc",
 })  # fmt: skip
 """Whatever opens a connection, or starts a program that could; our own wire besides."""
+DATABASE = "client.source_sql"
+"""The one door: a bank's labels may lie in its own database, which this module reads. It is held to more below."""
 
 
 BY_CALL = "imported by a call"
@@ -108,12 +110,27 @@ def test_nothing_that_answers_an_order_reaches_a_model(edges: dict[str, set[str]
 @pytest.mark.parametrize("start", sorted(MODELS))
 def test_nothing_that_holds_a_model_reaches_the_network(edges: dict[str, set[str]], start: str) -> None:
     assert start in edges
-    found = reached(start, edges)
+    found = reached(start, {**edges, DATABASE: set()})
     # The ledger's own text is all that a command line shares with an answer: it signs and stores, and sends nothing.
     assert {name for name in found if name.split(".")[0] in NETWORK or name in ANSWERING} == set()
     assert {"metarisk_common.wire", "metarisk_common.bundle"} & found == set()
     assert {name for name in found if name.startswith(("metarisk_common.flower", "server", "simulations"))} == set()
     assert [name for name in found if name.startswith(BY_CALL)] == []
+
+
+def test_the_door_to_the_database_lets_nothing_of_a_model_out(edges: dict[str, set[str]]) -> None:
+    """It alone knows of databases, one module alone asks it, and what it is told is a configuration and names."""
+    assert {name for name, used in edges.items() if "sqlalchemy" in used} == {DATABASE}
+    assert {name for name, used in edges.items() if {DATABASE, f"{DATABASE}.database_batches"} & used} == {
+        "client.sources"
+    }
+    assert reached(DATABASE, edges) & MODELS == set()
+    assert {name for name in reached(DATABASE, edges) if name.split(".")[0] in NETWORK} == {"sqlalchemy"}
+    asked = ast.parse((ROOT / "client" / "source_sql.py").read_text(encoding="utf-8"))
+    (door,) = [node for node in asked.body if isinstance(node, ast.FunctionDef) and node.name == "database_batches"]
+    assert [argument.arg for argument in door.args.args] == ["folder", "table", "own", "where"]
+    called = {ast.unparse(node.func) for node in ast.walk(asked) if isinstance(node, ast.Call)}
+    assert not {name for name in called if name.split(".")[-1] in {"insert", "update", "delete", "commit", "begin"}}
 
 
 def test_only_the_command_line_knows_of_models(edges: dict[str, set[str]]) -> None:

@@ -14,7 +14,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 import client.bank
 from client.bank import Bank
-from client.dataset import Dataset, load_dataset
+from client.config import Institution
+from client.dataset import Dataset, load_source
 from client.ledger import Ledger, OrderKey
 from client.training import meta_update
 from metarisk_common.errors import ConfigError, IntegrityError
@@ -64,11 +65,11 @@ def test_the_reservation_is_on_disk_before_the_table_is_read(
 ) -> None:
     seen: list[list[str]] = []
 
-    def look(path: Path, schema: Schema, institution: str, *, drop_unfit: bool) -> Dataset:
+    def look(institution: Institution, schema: Schema, *, drop_unfit: bool) -> Dataset:
         seen.append(kinds(folder))
-        return load_dataset(path, schema, institution, drop_unfit=drop_unfit)
+        return load_source(institution, schema, drop_unfit=drop_unfit)
 
-    monkeypatch.setattr(client.bank, "load_dataset", look)
+    monkeypatch.setattr(client.bank, "load_source", look)
     report(bank, order)
     assert seen == [["create", "approve", "reserve"]]
     assert kinds(folder) == ["create", "approve", "reserve", "release"]

@@ -14,12 +14,12 @@ from metarisk_common.evaluation import (
     EpisodeScore,
     EvaluationSet,
     Predictor,
-    crossover,
     paired_difference,
     run_episodes,
     share_harmed,
     summarise,
 )
+from metarisk_common.intervals import crossover
 from metarisk_common.metrics import score_all
 from metarisk_common.tasks import few_shot_draw
 
@@ -62,9 +62,12 @@ def scores_of(table: dict[tuple[str, str, int], list[float]]) -> list[EpisodeSco
     """Episodes from (method, institution, k) to the AUC of each draw; the other metrics follow from it."""
     return [
         EpisodeScore(
-            institution, k, draw, method,
+            institution,
+            k,
+            draw,
+            method,
             {"auc": auc, "ks": auc / 2, "log_loss": 1 - auc, "brier": (1 - auc) / 2, "calibration": auc / 10},
-        )  # fmt: skip
+        )
         for (method, institution, k), values in table.items()
         for draw, auc in enumerate(values)
     ]
