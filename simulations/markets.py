@@ -18,11 +18,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from pydantic import Field
 from scipy.special import digamma
 
 from client.dataset import read_table
 from metarisk_common.config import Frozen, validate
-from metarisk_common.errors import DataError
+from metarisk_common.errors import ConfigError, DataError
 
 WINDOWS: Final = (1, 5, 22, 66)
 """Days that each input looks back."""
@@ -48,7 +49,9 @@ class Options(Frozen):
     """`[data.options]` of the recipe."""
 
     learn_until: date = date(2011, 12, 30)
-    assets_a_desk: int = 4
+    assets_a_desk: int = Field(default=4, ge=1)
+    learn: tuple[str, ...] = ()
+    """Classes whose desks learn, while the unseen assets of the other classes are judged; none: all do both."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,15 @@ def table(path: Path, options: Mapping[str, Any]) -> pl.DataFrame:
     missing = [name for name in ("date", "asset", "close", "desk") if name not in frame.columns]
     if missing:
         raise DataError(f"{path}: column '{missing[0]}' is missing; prices need date, asset, close and desk")
+    unknown = sorted(set(chosen.learn) - set(frame["desk"].cast(pl.String)))
+    if unknown:
+        raise ConfigError(f"data.options.learn: {path} has no class '{unknown[0]}'")
     desks = desks_of(frame, chosen.assets_a_desk)
     parts = []
     for asset in _assets(frame):
         desk = desks[asset.name]
-        if len(asset.closes) < _LEAST_RETURNS:
+        here = not chosen.learn or (asset.kind in chosen.learn) == (desk is not None)
+        if not here or len(asset.closes) < _LEAST_RETURNS:
             continue
         found = records(asset.closes).with_columns(
             pl.Series("date", [day.date() if isinstance(day, datetime) else day for day in asset.dates])

@@ -19,7 +19,12 @@ from metarisk_common.privacy import PrivacyEvent
 from metarisk_common.schema import Schema
 from metarisk_common.yardsticks import Field as RiskField
 
-BUILT_IN = {"credit": "sba.toml", "fraud": "fraud.toml", "volatility": "volatility.toml"}
+BUILT_IN = {
+    "credit": "sba.toml",
+    "fraud": "fraud.toml",
+    "volatility": "volatility.toml",
+    "volatility-across": "volatility_across.toml",
+}
 """Scenarios that come with the package, by the name `--scenario` takes."""
 
 

@@ -132,6 +132,17 @@ def test_the_embedded_assets_learn_before_and_are_judged_after(embedded: pl.Data
     assert embedded.drop("ewma", "garch").null_count().sum_horizontal().item() == 0
 
 
+def test_classes_that_learn_and_classes_that_are_judged_are_apart() -> None:
+    path = built_in("volatility-across")
+    scenario = load_scenario(path)
+    found = tables.read_scenario_table(scenario, path)
+    judged = set(unseen_tasks(scenario, found))
+    assert judged == set(cast("tuple[str, ...]", scenario.splits.unseen))
+    assert {name.rsplit(" ", 2)[0] for name in set(found["desk"]) - judged} == {"us stocks"}
+    with pytest.raises(ConfigError, match="no class 'gold'"):
+        markets.table(path.parent / "data" / "market_prices.parquet", {"learn": ["gold"]})
+
+
 def test_an_asset_that_does_not_move_and_a_table_without_prices() -> None:
     assert records(np.full(300, 7.0))["log_variance"][100] == pytest.approx(np.log(FLOOR))
     path = built_in("volatility").parent / "data" / "market_prices.parquet"
