@@ -227,6 +227,11 @@ def _unsigned(path: Path) -> Start:
 
 
 def _check(choice: Choice, start: Start) -> None:
+    if start.plan.data.regression:
+        raise ConfigError(
+            "the run forecasts a number, and a bank's model is for binary outcomes: it gives probabilities and points; "
+            "`metarisk-simulate evaluate` adapts such a run and judges it"
+        )
     if choice.method not in METHODS:
         raise ConfigError(f"--method: choose one of {', '.join(METHODS)}")
     if choice.method == "prior" and start.prior is None:

@@ -124,10 +124,16 @@ def judge(
         on_progress: called with (draws done, draws in all).
 
     Raises:
-        ConfigError: the bank took part in the run, is not in the table, or the run has not finished.
+        ConfigError: the bank took part in the run, is not in the table, or the run has not finished; or the run
+            forecasts a number.
         DataError: the table does not fit the run's schema, or is too small.
 
     """
+    if run.scenario.columns.regression:
+        raise ConfigError(
+            f"{run.path}: its label is a number, and this report is for binary outcomes; "
+            "judge it by `metarisk-simulate evaluate`"
+        )
     if institution in run.sizes:
         raise ConfigError(
             f"'{institution}' took part in {run.path}: what it gained can be told only by a run without it; "

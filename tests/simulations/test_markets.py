@@ -6,11 +6,12 @@ from typing import cast
 import numpy as np
 import polars as pl
 import pytest
+from arch import arch_model
 
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.evaluation import EvaluationSet
 from metarisk_common.schema import NumericLabel
-from simulations import markets, tables
+from simulations import markets, results, tables
 from simulations.market_episodes import LocalHAR, forecasts_in, rivals, with_forecasts
 from simulations.markets import FLOOR, HORIZON, LOG_OF_MEAN, desks_of, ewma, garch, inputs, records
 from simulations.scenarios import built_in, load_scenario
@@ -84,6 +85,10 @@ def test_garch_follows_a_garch_process() -> None:
     forecast = garch(np.exp(np.cumsum(np.append(0.0, returns))), 2500)
     # At the close of day t, element t: the next day's variance is known[t].
     assert np.corrcoef(forecast[2500:-1], np.log(known[2500:]))[0, 1] > 0.95
+    # Five days ahead, as the package itself says on the last day it is estimated on.
+    fitted = arch_model(100.0 * returns[:2499], mean="Constant", vol="GARCH").fit(disp="off", show_warning=False)
+    five = fitted.forecast(horizon=HORIZON, reindex=False).variance.to_numpy()[-1].mean() / 1e4
+    assert forecast[2499] == pytest.approx(np.log(five) + LOG_OF_MEAN, abs=1e-6)
 
 
 def test_own_har_is_least_squares_on_its_days_alone() -> None:
@@ -92,6 +97,13 @@ def test_own_har_is_least_squares_on_its_days_alone() -> None:
     y = 1.0 + raw[:, :4] @ np.array([0.1, 0.2, 0.3, 0.4])
     predict = LocalHAR(4).fit(raw, raw[:30], y[:30])
     np.testing.assert_allclose(predict(raw[30:], raw[30:]), y[30:], atol=1e-9)
+    # Rivals' forecasts stand beside the inputs, and it knows nothing of them.
+    other, noisy = raw.copy(), y + random.standard_normal(40)
+    other[:, 4:] = noisy[:, None]
+    np.testing.assert_array_equal(
+        LocalHAR(4).fit(raw, raw[:30], noisy[:30])(raw, raw),
+        LocalHAR(4).fit(other, other[:30], noisy[:30])(other, other),
+    )
 
 
 def test_rivals_forecasts_are_read_off_the_table_in_the_labels_units() -> None:
@@ -130,6 +142,19 @@ def test_the_embedded_assets_learn_before_and_are_judged_after(embedded: pl.Data
     assert unseen.select("ewma", "garch").null_count().sum_horizontal().item() == 0
     assert learned["garch"].null_count() == learned.height
     assert embedded.drop("ewma", "garch").null_count().sum_horizontal().item() == 0
+
+
+@pytest.mark.parametrize("name", ["volatility", "volatility-across"])
+def test_no_target_adapted_on_reaches_into_the_days_judged(name: str) -> None:
+    path = built_in(name)
+    scenario = load_scenario(path)
+    found = tables.read_scenario_table(scenario, path)
+    rule, k_max = results.draw_rule(scenario.evaluation), max(scenario.evaluation.k)
+    for asset, part in unseen_tasks(scenario, found).items():
+        day = part["session"].to_numpy()
+        dataset = EvaluationSet(asset, day, day, day, {"day": day})
+        drawn = rule(dataset, k_min=20, k_max=k_max, seed_parts=(1, asset, 0), where=asset)
+        assert day[drawn.support].max() + HORIZON < day[drawn.query].min()
 
 
 def test_classes_that_learn_and_classes_that_are_judged_are_apart() -> None:
