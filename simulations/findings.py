@@ -87,7 +87,7 @@ def told(metrics: Metrics) -> Told:
     """Return the words in which a run is told."""
     yardstick = YARDSTICKS[metrics.get("field", CREDIT.name)]
     words, tasks = yardstick.words, metrics.get("judged") == "tasks"
-    one, many = ("task", "tasks") if tasks else (words.institution, words.institutions)
+    one, many = ("task", "tasks") if tasks else words.unseen or (words.institution, words.institutions)
     return Told(yardstick, words.institution, words.institutions, one, many, tasks)
 
 

@@ -24,6 +24,7 @@ from scipy.special import digamma
 from client.dataset import read_table
 from metarisk_common.config import Frozen, validate
 from metarisk_common.errors import ConfigError, DataError
+from metarisk_common.volatility_metrics import half_variance
 
 WINDOWS: Final = (1, 5, 22, 66)
 """Days that each input looks back."""
@@ -34,11 +35,26 @@ HORIZON: Final = 5
 FLOOR: Final = 1e-7
 """Least mean squared return, public: an asset that did not move has no logarithm."""
 
+CLASS: Final = "asset_class"
+"""Column of what kind of asset a record is of."""
+
+OWN_MEAN: Final = "own_mean"
+"""Column of an unseen asset's mean target, of the days on which it was known; null elsewhere."""
+
+HALF_VARIANCE: Final = "_half_variance"
+"""Ends the name of the column that retransforms a rival's forecasts; see `volatility_metrics.half_variance`."""
+
 DECAY: Final = 0.94
 """Of the exponentially weighted variance (RiskMetrics 1996, table 5.7: daily data)."""
 
+FLOOR_LOG: Final = float(np.log(FLOOR))
+"""The least that a logarithm here can be."""
+
 LOG_OF_MEAN: Final = float(digamma(HORIZON / 2) + np.log(2 / HORIZON))
 """What the logarithm of a mean of five squared normals lies below that of their variance, on average."""
+
+RIVALS: Final = ("har_all", "ewma", "garch")
+"""Columns of forecasts that an asset's own past gives."""
 
 _EVERY: Final = 3
 _LEAST_RETURNS: Final = 250
@@ -65,8 +81,10 @@ class _Asset:
 def table(path: Path, options: Mapping[str, Any]) -> pl.DataFrame:
     """Build the records of all assets.
 
-    Columns: desk, asset, date, session (its number among the asset's days), log_variance_1 to _66, log_variance (the
-    target), and of unseen assets ewma and garch, two rivals' forecasts of the target, else null.
+    Columns: desk, asset, asset_class, date, session (its number among the asset's days), log_variance_1 to _66,
+    log_variance (the target); and of unseen assets, else null: own_mean, and of three rivals (har_all, ewma, garch) the
+    forecast of the target and, as har_all_half_variance and so on, what retransforms it, estimated on the asset's days
+    up to `learn_until`.
 
     Args:
         path: a table of `date`, `asset`, `close` and `desk`, which here is the class of the asset.
@@ -99,14 +117,20 @@ def table(path: Path, options: Mapping[str, Any]) -> pl.DataFrame:
         known = pl.col("date").shift(-HORIZON) <= chosen.learn_until
         if desk is None:
             found = _with_rivals(found, asset, chosen.learn_until).filter(pl.col("date") > chosen.learn_until)
+            if found.select(pl.col(known_of_unseen()).null_count()).sum_horizontal().item():
+                raise DataError(
+                    f"{path}: asset '{asset.name}' has too few days up to {chosen.learn_until} to estimate its own "
+                    f"models on; give it {_LEAST_RETURNS + WINDOWS[-1] + HORIZON + 1}, or leave it out"
+                )
         else:
-            found = found.filter(known).with_columns(ewma=pl.lit(None, pl.Float64), garch=pl.lit(None, pl.Float64))
+            found = found.filter(known).with_columns(pl.lit(None, pl.Float64).alias(name) for name in known_of_unseen())
         name = f"{asset.name} ({asset.kind.replace('_', ' ')})" if desk is None else desk
         found = found.drop_nulls([*inputs(), "log_variance"])
         parts.append(
             found.select(
-                pl.lit(name).alias("desk"), pl.lit(asset.name).alias("asset"), pl.col("date"), pl.col("session"),
-                *inputs(), pl.col("log_variance"), pl.col("ewma"), pl.col("garch"),
+                pl.lit(name).alias("desk"), pl.lit(asset.name).alias("asset"),
+                pl.lit(asset.kind.replace("_", " ")).alias(CLASS), pl.col("date"), pl.col("session"),
+                *inputs(), pl.col("log_variance"), *known_of_unseen(),
             )
         )  # fmt: skip
     return pl.concat([part for part in parts if part.height])
@@ -115,6 +139,11 @@ def table(path: Path, options: Mapping[str, Any]) -> pl.DataFrame:
 def inputs() -> list[str]:
     """Names of the columns that look back."""
     return [f"log_variance_{window}" for window in WINDOWS]
+
+
+def known_of_unseen() -> list[str]:
+    """Names of the columns that only unseen assets have: their own past mean, and what their rivals forecast."""
+    return [OWN_MEAN, *(f"{name}{ending}" for name in RIVALS for ending in ("", HALF_VARIANCE))]
 
 
 def records(closes: Vector) -> pl.DataFrame:
@@ -143,6 +172,40 @@ def desks_of(frame: pl.DataFrame, assets_a_desk: int) -> dict[str, str | None]:
         for index, name in enumerate(kept):
             found[name] = f"{str(kind).replace('_', ' ')} desk {index // assets_a_desk + 1}"
     return found
+
+
+def own_mean(target: Vector) -> Vector:
+    """Return each day's mean of the targets known by then, (days,); NaN until there is one.
+
+    `target: (days,)`, NaN where unknown; that of a day is known `HORIZON` days later.
+    """
+    known = _lagged(np.isfinite(target).astype(np.float64))
+    count = np.cumsum(known)
+    total = np.cumsum(_lagged(np.nan_to_num(target)))
+    return np.asarray(np.where(count > 0, total / np.maximum(count, 1.0), np.nan))
+
+
+def har(found: pl.DataFrame) -> Vector:
+    """Forecast each day's target by the heterogeneous autoregression on all of the asset's own days before, (days,).
+
+    Corsi (2009), equation 7, in logarithms, by least squares, estimated again every day on all days whose target is
+    known by then; NaN where that are fewer than 250. `found`: as `records` builds it.
+    """
+    x = found.select(inputs()).to_numpy()
+    y = found["log_variance"].fill_null(float("nan")).to_numpy()
+    # About the middle of what logarithms of variance are, which changes no forecast and loses no digits.
+    rows = np.column_stack([np.ones(len(x)), x - FLOOR_LOG / 2])
+    whole: npt.NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
+    usable = whole & np.isfinite(y)
+    rows, target = np.where(whole[:, None], rows, 0.0), np.where(usable, y, 0.0)
+    seen = np.where(usable[:, None], rows, 0.0)
+    squares = np.cumsum(_lagged(seen[:, :, None] * seen[:, None, :]), axis=0)
+    products = np.cumsum(_lagged(seen * target[:, None]), axis=0)
+    enough = whole & (squares[:, 0, 0] >= _LEAST_RETURNS)
+    forecasts = np.full(len(y), np.nan)
+    weights = np.linalg.solve(squares[enough], products[enough][:, :, None])[:, :, 0]
+    forecasts[enough] = (rows[enough] * weights).sum(axis=1)
+    return forecasts
 
 
 def ewma(closes: Vector) -> Vector:
@@ -193,7 +256,22 @@ def _assets(frame: pl.DataFrame) -> list[_Asset]:
 
 def _with_rivals(found: pl.DataFrame, asset: _Asset, learn_until: date) -> pl.DataFrame:
     learn = int((found["date"] <= learn_until).sum())
-    return found.with_columns(
-        pl.Series("ewma", ewma(asset.closes)).fill_nan(None),
-        pl.Series("garch", garch(asset.closes, learn)).fill_nan(None),
-    )
+    target = found["log_variance"].fill_null(float("nan")).to_numpy()
+    forecasts = {"har_all": har(found), "ewma": ewma(asset.closes), "garch": garch(asset.closes, learn)}
+    columns = {OWN_MEAN: own_mean(target)}
+    for name in RIVALS:
+        columns |= {name: forecasts[name], f"{name}{HALF_VARIANCE}": _retransformation(target, forecasts[name], learn)}
+    return found.with_columns(pl.Series(name, values).fill_nan(None) for name, values in columns.items())
+
+
+def _retransformation(target: Vector, forecasts: Vector, learn: int) -> Vector:
+    """Return the retransformation of forecasts, the same on all days, from the targets known by day `learn`."""
+    past = slice(0, max(learn - HORIZON, 0))
+    both = np.isfinite(target[past]) & np.isfinite(forecasts[past])
+    value = half_variance(target[past][both], forecasts[past][both]) if both.any() else np.nan
+    return np.full(len(target), value)
+
+
+def _lagged(values: Vector) -> Vector:
+    """Move (days, ...) to the day on which they are known, `HORIZON` days later; 0 before."""
+    return np.concatenate([np.zeros((min(HORIZON, len(values)), *values.shape[1:])), values[:-HORIZON]])

@@ -13,10 +13,12 @@ from client.dataset import read_table
 from metarisk_common.commands import progress_bar
 from metarisk_common.errors import ConfigError
 from metarisk_common.schema import Schema
+from metarisk_common.yardsticks import YARDSTICKS
 
 from . import experiment, results, runfolder
 from .console import RoundProgress, differences_table, federated_line, privacy_lines, results_table
 from .findings import Account, Metrics, Privacy, Round, told
+from .market_classes import class_tables
 from .report import ReportData, write_report
 from .runfolder import RunFolder
 from .scenarios import Scenario, load_scenario
@@ -48,7 +50,7 @@ def execute(request: Request) -> dict[str, Any]:
     _print(
         out,
         f"{run.scenario.title or run.scenario.name}: {len(run.bank_folders)} institutions learn together, "
-        f"{len(run.info['unseen'])} take no part. Run folder: {run.path}",
+        f"{len(run.info['unseen'])} {judged_by(run)}. Run folder: {run.path}",
     )
     try:
         measured = _play(run, request)
@@ -63,6 +65,8 @@ def execute(request: Request) -> dict[str, Any]:
     differences = differences_table(shown, measured.main_method)
     if differences is not None:
         out.print(differences)
+    for table in class_tables(shown, measured.main_method):
+        out.print(table)
     records = cast("list[Round]", run.journal())
     federated = records[-1].get("federated_metrics")
     words = told(shown).yardstick.words
@@ -81,6 +85,7 @@ def execute(request: Request) -> dict[str, Any]:
         "not_private": run.not_private,
         "summary": measured.metrics["summary"],
         "paired": measured.metrics["paired"],
+        **({"classes": measured.metrics["classes"]} if "classes" in measured.metrics else {}),
         "privacy": privacy,
         "federated_metrics": federated,
     }
@@ -100,6 +105,14 @@ def _play(run: RunFolder, request: Request) -> results.Results:
 def _print(console: Console, text: str) -> None:
     # A path or a title is no markup, and a line that is to be copied is not to be broken.
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def judged_by(run: RunFolder) -> str:
+    """Say what is judged, in the words that follow how many there are."""
+    if run.scenario.splits.judges_what_came_later:
+        return "tasks of kinds that nobody learns from are judged"
+    words = YARDSTICKS[run.scenario.evaluation.field].words
+    return f"{words.unseen[1]} take no part" if words.unseen else "take no part"
 
 
 def stamp(run: RunFolder) -> str:

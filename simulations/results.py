@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from client.dataset import read_table
-from metarisk_common.errors import ConfigError, DataError
+from metarisk_common.errors import ConfigError
 from metarisk_common.evaluation import (
     DrawRule,
     EpisodeScore,
@@ -28,18 +28,17 @@ from metarisk_common.files import write_atomically
 from metarisk_common.params import Params
 from metarisk_common.prior import LearnedPrior
 from metarisk_common.schema import NumericLabel, Schema
-from metarisk_common.table import check_table, check_two_classes, labels, require_columns, split_by_institution
+from metarisk_common.table import check_table, check_two_classes, labels, split_by_institution
 from metarisk_common.yardsticks import CREDIT, VOLATILITY, YARDSTICKS
 
-from . import baselines, market_episodes
+from . import baselines, market_classes, market_episodes
 from .experiment import MAIN, data_files
-from .runfolder import RunFolder
+from .runfolder import RunFolder, numbers_of
 from .scenarios import Evaluation, Scenario
 
 GAIN_K = 50
 """Labels at which the gain of each institution is shown, or the nearest number that was evaluated."""
 
-_MICROSECONDS_A_DAY: Final = 86_400_000_000
 _TITLES: Final = {
     "reptile": "Reptile",
     "fedavg": "FedAvg",
@@ -95,21 +94,9 @@ def evaluation_sets(
         if not schema.regression:
             check_two_classes(y, f"{where}: institution '{name}'")
         x, _ = encoder.encode(table, where)
-        known = {key: _numbers(table, column, where) for key, column in (extra or {}).items()}
+        known = {key: numbers_of(table, column, where) for key, column in (extra or {}).items()}
         sets.append(EvaluationSet(name, x, baselines.raw_matrix(table, schema, where).values, y, known))
     return sets
-
-
-def _numbers(table: pl.DataFrame, column: str, where: str) -> np.ndarray:
-    """Return `(rows,)` of a column that no model sees; dates and times count in days."""
-    require_columns(table, (column,), where)
-    values = table[column]
-    if values.dtype.is_temporal():
-        return values.cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64).to_numpy() / _MICROSECONDS_A_DAY
-    found = values.cast(pl.Float64, strict=False)
-    if found.null_count() or not found.is_finite().all():
-        raise DataError(f"{where}: column '{column}' must hold a number or a date in every row that is judged")
-    return found.to_numpy()
 
 
 def extras(scenario: Scenario) -> dict[str, str]:
@@ -151,6 +138,8 @@ def measure(
         raise ConfigError(f"{message}; leave them out, or they would not be unseen")
     chosen = tuple(sorted(set(ks))) if ks is not None else evaluation.k
     methods, described = _methods(run, initializations, frame)
+    if isinstance(schema.label, NumericLabel):
+        methods = market_episodes.retransformed(methods, _learned_from(run), schema.label.scale)
     scores = run_episodes(
         sets,
         methods,
@@ -177,7 +166,10 @@ def measure(
     }
     if evaluation.field != CREDIT.name:
         metrics["field"] = evaluation.field
-    if run.scenario.splits.by is not None:
+    classes = market_classes.classes_of(frame, schema.institution) if schema.regression else {}
+    if classes:
+        metrics["classes"] = market_classes.by_class(scores, classes, main, list(described), chosen)
+    if run.scenario.splits.judges_what_came_later:
         metrics["judged"] = "tasks"
     if evaluation.min_positives > 1:
         metrics["min_positives"] = evaluation.min_positives
@@ -253,10 +245,17 @@ def _initialization(run: RunFolder, name: str, params: Params) -> Method:
 
 
 def _pool(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
-    schema = run.scenario.columns
-    frames = [read_table(path) for path in data_files(run)]
-    pooled = pl.concat(frames)
+    schema, pooled = run.scenario.columns, _pooled_table(run)
     return baselines.raw_matrix(pooled, schema).values, labels(pooled, schema.label, str(run.path))
+
+
+def _learned_from(run: RunFolder) -> market_episodes.Learned:
+    raw, y = _pool(run)
+    return market_episodes.Learned(Encoder(run.scenario.columns).encode(_pooled_table(run), str(run.path))[0], raw, y)
+
+
+def _pooled_table(run: RunFolder) -> pl.DataFrame:
+    return pl.concat([read_table(path) for path in data_files(run)])
 
 
 def _paired(

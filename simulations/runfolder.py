@@ -35,8 +35,15 @@ from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.files import write_atomically
 from metarisk_common.plan import Plan, read_plan
 from metarisk_common.schema import CategoricalColumn, Schema
-from metarisk_common.table import categories, check_table, check_two_classes, labels, split_by_institution
-from metarisk_common.tasks import few_shot_draw
+from metarisk_common.table import (
+    categories,
+    check_table,
+    check_two_classes,
+    labels,
+    require_columns,
+    split_by_institution,
+)
+from metarisk_common.tasks import few_shot_draw, few_shot_in_time
 from server.journal import read_journal
 from server.rounds import JOURNAL
 
@@ -56,6 +63,7 @@ _INFO = {
     "declared_sizes",
     "versions",
 }
+_MICROSECONDS_A_DAY = 86_400_000_000
 PACKAGES = ("metarisk-federated", "flwr", "torch", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
 
 
@@ -135,10 +143,12 @@ def prepare(
     _check_categories(frame, scenario.columns, where)
     judged = unseen_tasks(scenario, frame, where)
     tables = split_by_institution(learned_from(scenario, frame), scenario.columns, where)
-    parts = split(scenario, list(tables))
+    parts = _who(scenario, frame, tables)
     for name in sorted({*parts.seen, *judged}):
         y = labels(judged[name] if name in judged else tables[name], scenario.columns.label, where)
         _check_institution(scenario, name, y, name in judged, where)
+        if name in judged and scenario.columns.regression:
+            _check_judged_numbers(scenario, judged[name], y, f"{where}: institution '{name}'")
     budget = scenario.privacy.epsilon if epsilon is None else epsilon
     plan = scenario.plan(epsilon=budget)
     _check_limits(scenario, {name: _size(tables[name], scenario.columns) for name in parts.seen})
@@ -156,6 +166,12 @@ def prepare(
     except OSError as error:
         raise ConfigError(f"{path}: a run cannot be laid out here: {error.strerror}") from None
     return RunFolder(path, scenario, plan, info)
+
+
+def _who(scenario: Scenario, frame: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> Split:
+    """Split the whole table's institutions; who has too little from before what came later takes no part."""
+    parts = split(scenario, frame[scenario.columns.institution].cast(pl.String).unique().to_list())
+    return Split(tuple(name for name in parts.seen if name in tables), parts.unseen)
 
 
 def _lay_out(
@@ -226,6 +242,8 @@ def _check_place(path: Path) -> None:
 def _check_institution(scenario: Scenario, name: str, y: np.ndarray, unseen: bool, where: str) -> None:  # noqa: FBT001
     """Raise for what would only come to light after training, at the end of a long run."""
     institution = f"{where}: institution '{name}'"
+    if len(name) > 200:  # noqa: PLR2004 - what a message's field may hold
+        raise DataError(f"{where}: an institution's name has {len(name)} characters; shorten it to 200")
     if scenario.columns.regression:
         return
     check_two_classes(y, institution)
@@ -235,8 +253,44 @@ def _check_institution(scenario: Scenario, name: str, y: np.ndarray, unseen: boo
             y, k_min=positive[0], k_max=positive[-1], seed_parts=(), where=institution,
             min_positives=scenario.evaluation.min_positives,
         )  # fmt: skip
-    if len(name) > 200:  # noqa: PLR2004 - what a message's field may hold
-        raise DataError(f"{where}: an institution's name has {len(name)} characters; shorten it to 200")
+
+
+def _check_judged_numbers(scenario: Scenario, table: pl.DataFrame, y: np.ndarray, institution: str) -> None:
+    """Raise where no draw can be made of an institution whose label is a number."""
+    evaluation = scenario.evaluation
+    # As `evaluation.run_episodes` has it: without labels to learn from, the draw is that of two of them.
+    positive = [k for k in evaluation.k if k > 0] or [2]
+    if evaluation.embargo is not None and evaluation.day is not None:
+        few_shot_in_time(
+            numbers_of(table, evaluation.day, institution), k_max=positive[-1], embargo=evaluation.embargo,
+            least_judged=evaluation.least_judged, seed_parts=(), where=institution,
+        )  # fmt: skip
+        return
+    # At random, both parts of a draw hold labels on either side of half a unit above the centre.
+    high = int(np.count_nonzero(y > 0.5))  # noqa: PLR2004 - as `few_shot_draw` tells two classes apart
+    if len(y) < positive[-1] + 2 or min(high, len(y) - high) < 2:  # noqa: PLR2004 - one in either part
+        raise DataError(
+            f"{institution}: {len(y)} records cannot be drawn at random for supports of up to {positive[-1]}: "
+            f"that takes {positive[-1] + 2}, 2 or more above the label's centre + scale / 2 and 2 or more below"
+        )
+
+
+def numbers_of(table: pl.DataFrame, column: str, where: str) -> np.ndarray:
+    """Return `(rows,)` of a column that no model sees; dates and times count in days.
+
+    Raises:
+        DataError: the column is missing, or holds something else in a row.
+
+    """
+    require_columns(table, (column,), where)
+    values = table[column]
+    if values.dtype.is_temporal():
+        found = values.cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64) / _MICROSECONDS_A_DAY
+    else:
+        found = values.cast(pl.Float64, strict=False)
+    if found.null_count() or not found.is_finite().all():
+        raise DataError(f"{where}: column '{column}' must hold a number or a date in every row that is judged")
+    return found.to_numpy()
 
 
 def _check_categories(frame: pl.DataFrame, schema: Schema, where: str) -> None:

@@ -1,5 +1,6 @@
 """A scenario: one TOML file that says everything about an experiment, so that another data set is another file."""
 
+import datetime as dt
 import hashlib
 import math
 import re
@@ -21,6 +22,7 @@ from metarisk_common.yardsticks import Field as RiskField
 
 BUILT_IN = {
     "credit": "sba.toml",
+    "credit-later": "sba_later.toml",
     "fraud": "fraud.toml",
     "volatility": "volatility.toml",
     "volatility-across": "volatility_across.toml",
@@ -72,21 +74,41 @@ class FederatedMetrics(Frozen):
     every: int = Field(default=0, ge=0)
 
 
+class TimeSplit(Frozen):
+    """Nobody learns from a record whose `column`, a number or a date, is above `learn_until`.
+
+    An institution with fewer than `at_least` records up to then takes no part in training.
+    """
+
+    column: str = Field(min_length=1)
+    at_least: int = Field(default=100, ge=2)
+    learn_until: Annotated[int | float | dt.date, Field(union_mode="smart")]
+
+
 class Splits(Frozen):
     """Institutions that take no part in training: their names, or how many to choose by a hash of their names.
 
     `later`: values of the public column `by` (a product in a later period, say) that nobody learns from. Where they are
-    given, every institution is judged on its records of each of them, those that took part included.
+    given, every institution is judged on its records of each of them, those that took part included. `time`: the same
+    with a moment: all learn up to it, and every institution is judged on its records after it.
     """
 
     unseen: Annotated[int, Field(ge=1)] | tuple[str, ...] | None = None
     by: str | None = None
     later: tuple[str, ...] = ()
+    time: TimeSplit | None = None
+
+    @property
+    def judges_what_came_later(self) -> bool:
+        """Whether later records of every institution are judged, and not whole institutions that took no part."""
+        return self.by is not None or self.time is not None
 
     @model_validator(mode="after")
     def _both(self) -> Self:
         if (self.by is None) != (not self.later):
             raise ValueError("by, a public column, and later, values of it that nobody learns from, go together")
+        if self.by is not None and self.time is not None:
+            raise ValueError("by with later, and time, are two ways to say what came later; give one of them")
         return self
 
     @field_validator("unseen", mode="before")
@@ -167,6 +189,12 @@ class Scenario(Frozen):
     def _check(self) -> Self:
         if self.training.task == "segment" and not self.columns.segments:
             raise ValueError('training.task = "segment" needs schema.segment and the public list schema.segments')
+        if self.columns.regression and self.evaluation.day is not None and self.evaluation.embargo is None:
+            raise ValueError(
+                "evaluation.embargo is missing: the label is a number and evaluation.day says when a record is of, so "
+                "a draw at random would adapt on what comes after the records judged; say how long, in the unit of "
+                "evaluation.day, until a label is known (0: at once)"
+            )
         return self
 
     def plan(self, *, epsilon: float | None = None) -> Plan:

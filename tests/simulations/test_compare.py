@@ -171,15 +171,21 @@ def test_every_training_lender_is_judged_in_one_fold_and_no_other_at_all(
     assert len(judged[0] | judged[1]) == 4  # of 6, with 2 unseen
 
 
-@given(names=st.sets(st.text(min_size=1, max_size=8), min_size=8, max_size=20), folds=st.integers(2, 6))
-def test_a_lender_that_is_held_out_is_never_learned_from(loaded: Loaded, names: set[str], folds: int) -> None:
+@given(
+    names=st.sets(st.text(min_size=1, max_size=8), min_size=8, max_size=20),
+    folds=st.integers(2, 6),
+    over=st.sampled_from(["training", "all"]),
+)
+def test_a_lender_that_is_held_out_is_never_learned_from(
+    loaded: Loaded, names: set[str], folds: int, over: str
+) -> None:
     comparison = loaded.comparison.model_copy(
-        update={"split": loaded.comparison.split.model_copy(update={"folds": folds})}
+        update={"split": loaded.comparison.split.model_copy(update={"folds": folds, "over": over})}
     )
     parts = parts_of(Loaded(comparison, loaded.base, loaded.base_path), sorted(names))
     assert len(parts) == folds
     judged = [name for part in parts for name in part.judged]
-    assert len(set(judged)) == len(judged) == len(names) - 2
+    assert len(set(judged)) == len(judged) == len(names) - (2 if over == "training" else 0)
     for part in parts:
         assert not set(part.training) & set(part.judged)
         assert set(part.training) | set(part.judged) == set(judged)
@@ -287,6 +293,7 @@ def test_a_damaged_file_is_told(loaded: Loaded, done: tuple[Outcome, Table], kep
         ({"epsilons = [inf]": "epsilons = [inf]\nat = { 2 = { server = { rounds = 4 } } }"}, "not trained at that"),
         ({"gain_k = 50": "gain_k = 40"}, "gain_k = 40 is none of the numbers"),
         ({'kind = "folds", folds = 2': 'kind = "segments"'}, 'kind = "segments" goes with unseen'),
+        ({'kind = "folds", folds = 2': 'kind = "unseen", over = "all"'}, 'over goes with kind = "folds"'),
     ],
 )
 def test_a_mistake_in_the_file_is_named_with_its_key(
