@@ -57,7 +57,7 @@ def demo(
     system_noise: SystemNoise = False,  # noqa: FBT002 - a flag
     as_json: AsJson = False,  # noqa: FBT002 - a flag
 ) -> None:
-    """Train a built-in scenario under differential privacy, and judge on what took no part: lenders, later payments, assets."""
+    """Train a built-in scenario under differential privacy; judge lenders, payments or assets never seen."""
     from .scenarios import built_in  # noqa: PLC0415 - see `_run`
 
     _run(built_in(scenario), out, resume, engine, workers, epsilon, seed, system_noise, as_json)
