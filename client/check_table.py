@@ -4,7 +4,7 @@ For the bank's eyes only. It holds names, kinds and counts, and never a cell: a 
 counted and not spelt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,13 +30,38 @@ class Found:
     kinds: tuple[str, ...]
 
 
-def found_columns(institution: Institution, schema: Schema, frame: pl.DataFrame) -> dict[str, Found]:
+class Kinds:
+    """The kind of cells of each column of a schema, put together from what each batch holds."""
+
+    def __init__(self, schema: Schema) -> None:
+        """Start with nothing seen."""
+        self._met: dict[str, set[str]] = {name: set() for name in schema.required}
+
+    def watched(self, batches: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        """Pass batches on, remembering what kinds they hold."""
+        for frame in batches:
+            for name, kinds in self._met.items():
+                if name in frame.columns:
+                    kinds.add(kind_of(frame[name]))
+            yield frame
+
+    def __getitem__(self, name: str) -> str:
+        """Name the kind of all cells of a column."""
+        kinds = self._met[name] - {"empty"}
+        if len(kinds) < 2:  # noqa: PLR2004 - one kind, or none
+            return next(iter(kinds), "empty")
+        if kinds == {"whole number", "number"}:
+            return "number"
+        return "numbers and text" if kinds & {"whole number", "number", "numbers and text"} else "text"
+
+
+def found_columns(institution: Institution, schema: Schema, kinds: Kinds) -> dict[str, Found]:
     """Tell of each input, the label and the keys which of the bank's own columns is behind it, and of what kind.
 
     Args:
         institution: the bank's folder, whose mapping gives the names.
         schema: the plan's schema.
-        frame: the table under the schema's names, as `read_source` gives it.
+        kinds: of the table's columns, under the schema's names.
 
     """
     section = institution.config.table
@@ -49,7 +74,7 @@ def found_columns(institution: Institution, schema: Schema, frame: pl.DataFrame)
         return "(constant)" if name in section.constants else section.columns.get(name, name)
 
     return {
-        column: Found(tuple(map(own, sources)), tuple(kind_of(frame[source]) for source in sources))
+        column: Found(tuple(map(own, sources)), tuple(kinds[source] for source in sources))
         for column, sources in behind.items()
     }
 

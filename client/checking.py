@@ -5,7 +5,8 @@ time, so that what is told here is what would happen.
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,16 +18,16 @@ from metarisk_common.features import ColumnCounts, Encoder
 from metarisk_common.initialisation import meta_shapes
 from metarisk_common.plan import Plan
 from metarisk_common.schema import NumericColumn, NumericLabel, Schema
-from metarisk_common.table import check_identifiers, check_table, check_two_classes, usable_rows
+from metarisk_common.table import check_repeats, check_two_classes, usable_rows
 
 from .charges import charges_of
-from .check_table import Found, found_columns
+from .check_table import Found, Kinds, found_columns
 from .config import Institution
-from .dataset import Dataset, from_frame
 from .ledger import Ledger
 from .plain_words import Cost, Terms, cost_of, describe, until_text
 from .policy import check_plan
-from .sources import read_source
+from .sources import Filtered, source_batches
+from .tally import Tally, tally
 
 NO_NUMBER: Final = "is not a finite number"
 REFUSED: Final = "is empty, which the plan refuses"
@@ -62,6 +63,9 @@ class Check:
     """What a plan would make of a table.
 
     Attributes:
+        source_rows: where the table is read from; those that the bank's own filters remove are not in it.
+        filtered: rows that each filtered column removes, where the filters are applied here and not in a database; a
+            row may be counted under several.
         rows: in the table.
         unfit_rows: left out because a cell does not fit; `unfit` says which columns are to blame.
         over_limit_rows: left out because their privacy unit has too many, or has them in several segments.
@@ -76,6 +80,8 @@ class Check:
 
     """
 
+    source_rows: int
+    filtered: dict[str, int]
     rows: int
     unfit_rows: int
     unfit: tuple[Unfit, ...]
@@ -105,47 +111,55 @@ class PlanCheck:
     warnings: tuple[str, ...]
 
 
-def check_data(institution: Institution, plan: Plan, *, strict: bool = False) -> Check:
-    """Read the bank's table and find what the plan would use of it.
+def check_data(
+    institution: Institution, plan: Plan, *, strict: bool = False, on_rows: Callable[[int], None] | None = None
+) -> Check:
+    """Read the bank's table in batches and find what the plan would use of it.
 
     Args:
         institution: the bank's folder.
         plan: the plan.
         strict: raise for whatever does not fit, instead of counting it.
+        on_rows: told now and then how many rows were read.
 
     Raises:
         DataError: the file cannot be read, a column is missing or of a kind that the plan cannot mean; with `strict`,
             any cell that does not fit and every problem too.
 
     """
-    schema, where = plan.data, institution.table_title
-    frame = read_source(institution, schema)
-    if strict:
-        check_table(frame, schema, where)
-    fits = usable_rows(frame, schema, where)
-    fitting = frame.filter(fits)
-    # Repeated identifiers are a problem of their own, and everything else is still worth counting.
-    lenient = schema.model_copy(update={"identifier": None})
-    dataset = from_frame(fitting, lenient, institution.config.name, where, drop_unfit=True)
-    positive = dataset.y > 0.5  # noqa: PLR2004 - halfway between the two labels
-    listed = np.isin(_segment(dataset), schema.segments) if schema.segments else np.ones(len(positive), np.bool_)
-    learned = listed if plan.inner.task == "segment" else np.ones_like(listed)
-    problems = tuple(_problems(fitting, frame.height, dataset.y[learned], schema, where))
+    schema, where, filtered = plan.data, institution.table_title, Filtered()
+    kinds = Kinds(schema)
+    unfit: Counter[tuple[str, str]] = Counter()
+
+    def count_unfit(frame: pl.DataFrame) -> None:
+        unfit.update({(one.column, one.why): one.rows for one in _unfit(frame, schema, where)})
+
+    batches = kinds.watched(source_batches(institution, schema, filtered))
+    counted = tally(batches, schema, where, on_unfit=count_unfit, strict=strict, on_rows=on_rows)
+    # What is learned from: the listed segments, and with whole institutions as tasks the last place too.
+    learned = np.ones(len(counted.records), np.bool_)
+    learned[-1] = not schema.segments or plan.inner.task != "segment"
+    problems = tuple(_problems(counted, learned, schema, where))
     if strict and problems:
         raise DataError(problems[0])
     found = Check(
-        rows=frame.height,
-        unfit_rows=frame.height - fitting.height,
-        unfit=() if fits.all() else tuple(_unfit(frame, schema, where)),
-        over_limit_rows=dataset.dropped,
-        unlisted_rows=int((~listed).sum()),
-        used=int(learned.sum()),
-        units=_units(dataset, learned),
-        positives=int(positive[learned].sum()),
-        found=found_columns(institution, schema, frame),
-        encoded=len(dataset.y),
-        columns=dataset.counts.columns,
-        segments=tuple(_segments(dataset, positive, schema)),
+        source_rows=filtered.rows,
+        filtered=dict(filtered.by_column),
+        rows=counted.rows,
+        unfit_rows=counted.rows - counted.fitting,
+        unfit=tuple(Unfit(column, why, rows) for (column, why), rows in unfit.items()),
+        over_limit_rows=counted.fitting - counted.encoded,
+        unlisted_rows=int(counted.records[-1]) if schema.segments else 0,
+        used=int(counted.records[learned].sum()),
+        units=int(counted.units[learned].sum()),
+        positives=int(counted.positives[learned].sum()),
+        found=found_columns(institution, schema, kinds),
+        encoded=counted.encoded,
+        columns=counted.columns,
+        segments=tuple(
+            SegmentCounts(name, int(counted.records[at]), int(counted.units[at]), int(counted.positives[at]))
+            for at, name in enumerate(schema.segments)
+        ),
         warnings=(),
         problems=problems,
     )
@@ -220,22 +234,23 @@ def _unfit(frame: pl.DataFrame, schema: Schema, where: str) -> Iterator[Unfit]:
     yield from dict.fromkeys(one for one in found if one.rows)
 
 
-def _problems(fitting: pl.DataFrame, rows: int, learned: np.ndarray, schema: Schema, where: str) -> Iterator[str]:
-    """Say why a table cannot be used; `learned`: the labels of the rows that would be."""
-    if rows == 0:
+def _problems(counted: Tally, learned: np.ndarray, schema: Schema, where: str) -> Iterator[str]:
+    """Say why a table cannot be used; `learned`: the segments whose rows would be, as in the tally."""
+    used = learned & (counted.records > 0)
+    if counted.rows == 0:
         yield f"{where}: holds no rows; export the table again with one row for each record"
-    elif fitting.height == 0:
-        yield f"{where}: not one of its {rows} rows fits the plan's schema; the columns at fault are counted above"
-    elif len(learned) == 0:
+    elif counted.fitting == 0:
+        yield f"{where}: not one of its {counted.rows} rows fits the plan's schema; the columns at fault are counted above"
+    elif not used.any():
         yield f"{where}: none of its rows is of a segment that the plan lists; check column '{schema.segment}'"
     else:
         try:
-            check_two_classes(learned, where)
+            check_two_classes(np.concatenate([counted.lowest[used], counted.highest[used]]), where)
         except DataError as error:
             yield str(error)
     if schema.identifier is not None:
         try:
-            check_identifiers(fitting, schema.identifier, where)
+            check_repeats(counted.repeats, counted.fitting, schema.identifier, where)
         except DataError as error:
             yield str(error)
 
@@ -243,6 +258,12 @@ def _problems(fitting: pl.DataFrame, rows: int, learned: np.ndarray, schema: Sch
 def _warnings(found: Check, institution: Institution, plan: Plan) -> Iterator[str]:
     size, delta = institution.config.declared_size, institution.config.policy.delta
     units = "records" if plan.data.privacy_unit is None else f"values of '{plan.data.privacy_unit}'"
+    if found.source_rows > found.rows:
+        by = ", ".join(f"{name} {rows:,}" for name, rows in found.filtered.items() if rows)
+        yield (
+            f"{found.source_rows - found.rows:,} of {found.source_rows:,} rows are removed by the filters in "
+            f"institution.toml{f' ({by})' if by else ''}"
+        )
     if found.unfit_rows:
         yield (
             f"{found.unfit_rows:,} of {found.rows:,} rows do not fit and would be left out without a word to anybody; "
@@ -271,18 +292,3 @@ def _warnings(found: Check, institution: Institution, plan: Plan) -> Iterator[st
         )
     if institution.config.simulation is not None:
         yield "section 'simulation' seeds the noise: NOT PRIVATE, and refused outside simulations"
-
-
-def _segment(dataset: Dataset) -> np.ndarray:
-    """Give the segment of each row, `(rows,)` of str; the schema has checked that there is one."""
-    return np.array([], np.str_) if dataset.segment is None else dataset.segment
-
-
-def _units(dataset: Dataset, rows: np.ndarray) -> int:
-    return int(rows.sum()) if dataset.unit is None else len(np.unique(dataset.unit[rows]))
-
-
-def _segments(dataset: Dataset, positive: np.ndarray, schema: Schema) -> Iterator[SegmentCounts]:
-    for name in schema.segments:
-        here = _segment(dataset) == name
-        yield SegmentCounts(name, int(here.sum()), _units(dataset, here), int((here & positive).sum()))

@@ -140,7 +140,10 @@ def check(
 ) -> None:
     """Check the bank's table and policy against a plan: what would be used, left out or clipped, and what it costs."""
     institution, chosen = load_institution(folder), read_plan(plan)
-    data = check_data(institution, chosen, strict=strict)
+    with Console(stderr=True).status("reading the table") as told:  # on a terminal only
+        data = check_data(
+            institution, chosen, strict=strict, on_rows=lambda rows: told.update(f"reading the table: {rows:,} rows")
+        )
     with Console(stderr=True).status("accounting for the plan"):  # on a terminal only
         cost = check_cost(institution, chosen)
     if as_json:

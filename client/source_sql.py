@@ -40,6 +40,35 @@ def database_batches(folder: Path, table: TableSection, own: tuple[str, ...], wh
         DataError: the database cannot be reached or read, or lacks a column.
 
     """
+    with _connected(folder, table, where) as connection:
+        source = _source(table)
+        names = list(connection.execute(sa.select(sa.text("*")).select_from(source).limit(0)).keys())
+        require_columns(_no_rows(names), (*own, *table.order_by), where)
+        chosen = source if table.query is None else _query(table, (*own, *table.order_by)).subquery("metarisk_rows")
+        kinds = _kinds(connection, table)
+        statement = sa.select(*(_column(chosen, name, kinds) for name in own)).select_from(chosen)
+        statement = statement.where(*_conditions(kinds, table))
+        statement = statement.order_by(*(_column(chosen, name, kinds) for name in table.order_by))
+        result = connection.execution_options(yield_per=BATCH_ROWS).execute(statement)
+        for rows in result.partitions():
+            yield _frame(rows, own, where)
+
+
+def database_rows(folder: Path, table: TableSection, where: str) -> int:
+    """Count the rows of a database's table or query before the bank's filters.
+
+    Raises:
+        ConfigError: as for `database_batches`.
+        DataError: likewise.
+
+    """
+    with _connected(folder, table, where) as connection:
+        return int(connection.execute(sa.select(sa.func.count()).select_from(_source(table))).scalar_one())
+
+
+@contextmanager
+def _connected(folder: Path, table: TableSection, where: str) -> Iterator[sa.Connection]:
+    """Connect for reading alone: whatever a query tries to write, the database itself refuses."""
     engine = _engine(_url(folder, table), folder, where)
     try:
         with _told(where, "cannot be reached; check the URL's host, port, user and password"):
@@ -47,17 +76,7 @@ def database_batches(folder: Path, table: TableSection, own: tuple[str, ...], wh
         with connection, _told(where, f"cannot be read; check that it is there and that the user may read {where}"):
             if engine.dialect.name == "sqlite":
                 connection.exec_driver_sql("PRAGMA query_only = ON")
-            source = _source(table)
-            names = list(connection.execute(sa.select(sa.text("*")).select_from(source).limit(0)).keys())
-            require_columns(_no_rows(names), (*own, *table.order_by), where)
-            chosen = source if table.query is None else _query(table, (*own, *table.order_by)).subquery("metarisk_rows")
-            kinds = _kinds(connection, table)
-            statement = sa.select(*(_column(chosen, name, kinds) for name in own)).select_from(chosen)
-            statement = statement.where(*_conditions(kinds, table))
-            statement = statement.order_by(*(_column(chosen, name, kinds) for name in table.order_by))
-            result = connection.execution_options(yield_per=BATCH_ROWS).execute(statement)
-            for rows in result.partitions():
-                yield _frame(rows, own, where)
+            yield connection
     finally:
         engine.dispose()
 

@@ -8,8 +8,9 @@ become their text, and blanks after a text, which columns of fixed width have, c
 import datetime as dt
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,21 @@ _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _WHOLE_NUMBER_AS_FLOAT = r"^(-?\d+)\.0+$"
 
 
+@dataclass
+class Filtered:
+    """What the bank's own filters do, counted while a table is read.
+
+    Attributes:
+        rows: in the file, the folder or the database, before any filter.
+        by_column: rows that the filter on each column removes; a row may be counted under several. A database applies
+            its filters itself, and only the total is known.
+
+    """
+
+    rows: int = 0
+    by_column: Counter[str] = field(default_factory=Counter)
+
+
 @dataclass(frozen=True)
 class _Reading:
     """What is wanted: `own` columns of the bank's, of which `numeric` hold numbers; `plain`: cells stay as they are."""
@@ -41,6 +57,7 @@ class _Reading:
     numeric: frozenset[str]
     where: str
     plain: bool
+    filtered: Filtered = field(default_factory=Filtered)
 
 
 def read_source(institution: Institution, schema: Schema) -> pl.DataFrame:
@@ -54,8 +71,13 @@ def read_source(institution: Institution, schema: Schema) -> pl.DataFrame:
     return join_batches(list(source_batches(institution, schema)))
 
 
-def source_batches(institution: Institution, schema: Schema) -> Iterator[pl.DataFrame]:
+def source_batches(
+    institution: Institution, schema: Schema, filtered: Filtered | None = None
+) -> Iterator[pl.DataFrame]:
     """Yield what `read_source` gives in batches, in the table's order; the first has no rows, and all columns.
+
+    Where `filtered` is given, what the bank's filters remove is counted in it. A database is then asked for the number
+    of its rows too.
 
     Raises:
         DataError: as `read_source`.
@@ -63,7 +85,7 @@ def source_batches(institution: Institution, schema: Schema) -> Iterator[pl.Data
     """
     section, plain = institution.config.table, institution.config.table is None
     table = TableSection(file=str(institution.config.data)) if section is None else section
-    reading = _reading(institution, table, schema, plain=plain)
+    reading = replace(_reading(institution, table, schema, plain=plain), filtered=filtered or Filtered())
     _check_values(reading)
     yield pl.DataFrame(schema=dict.fromkeys(schema.required, pl.String))
     if table.file is None and schema.privacy_unit is not None and not table.order_by:
@@ -74,10 +96,14 @@ def source_batches(institution: Institution, schema: Schema) -> Iterator[pl.Data
     if table.file is not None:
         batches = _files(institution.folder / table.file, reading)
     else:
-        from .source_sql import database_batches  # noqa: PLC0415 - SQLAlchemy takes a while, and few need it
+        from .source_sql import database_batches, database_rows  # noqa: PLC0415 - SQLAlchemy takes a while; few need it
 
+        if filtered is not None and (table.where or table.between):
+            filtered.rows += database_rows(institution.folder, table, reading.where)
         batches = database_batches(institution.folder, table, reading.own, reading.where)
     for batch in batches:
+        if table.file is not None or not (table.where or table.between):
+            reading.filtered.rows += batch.height
         frame = batch if plain else _kept(batch.select(map(_plain_cells, batch.get_columns())), reading)
         if frame.height:
             yield _named(frame, reading)
@@ -176,7 +202,7 @@ def _one_file(path: Path, partition: dict[str, str | None], reading: _Reading, w
         else:
             head = pl.scan_parquet(path, glob=False, hive_partitioning=False).head(0).collect()
         require_columns(head.with_columns(lits), reading.own, where)
-        if not all(_may_match(name, value, reading) for name, value in partition.items()):
+        if _passed_over(path, partition, reading):
             return
         needed = [name for name in reading.own if name in head.columns and name not in partition]
         if not is_csv:
@@ -225,19 +251,33 @@ def _plain_cells(series: pl.Series) -> pl.Series:
 
 
 def _kept(frame: pl.DataFrame, reading: _Reading) -> pl.DataFrame:
-    for name, values in reading.table.where.items():
-        frame = frame.filter(_is_among(frame[name], values))
-    for name, (low, high) in reading.table.between.items():
-        frame = frame.filter(_is_between(frame[name], low, high))
-    return frame
+    kept = pl.Series(values=[True], dtype=pl.Boolean).new_from_index(0, frame.height)
+    for name, fits in _filters(frame, reading.table):
+        if reading.table.file is not None:
+            reading.filtered.by_column[name] += int((~fits).sum())
+        kept = kept & fits
+    return frame if kept.all() else frame.filter(kept)
 
 
-def _may_match(name: str, value: str | None, reading: _Reading) -> bool:
-    cell = pl.DataFrame({name: pl.Series([value], dtype=pl.String)})
-    where = {key: values for key, values in reading.table.where.items() if key == name}
-    between = {key: bounds for key, bounds in reading.table.between.items() if key == name}
-    only = reading.table.model_copy(update={"where": where, "between": between})
-    return bool(_kept(cell, _Reading(only, reading.schema, (), frozenset(), "", plain=False)).height)
+def _filters(frame: pl.DataFrame, table: TableSection) -> Iterator[tuple[str, pl.Series]]:
+    """Tell for each filter on a column of the frame which rows it keeps; an empty cell fits none."""
+    for name, values in table.where.items():
+        if name in frame.columns:
+            yield name, _is_among(frame[name], values).fill_null(value=False)
+    for name, (low, high) in table.between.items():
+        if name in frame.columns:
+            yield name, _is_between(frame[name], low, high).fill_null(value=False)
+
+
+def _passed_over(path: Path, partition: dict[str, str | None], reading: _Reading) -> bool:
+    """Tell whether a filter on the names of folders removes a whole file, which is then counted and not read."""
+    cells = pl.DataFrame({name: pl.Series([value], dtype=pl.String) for name, value in partition.items()})
+    removing = [name for name, fits in _filters(cells, reading.table) if not fits.all()]
+    if removing:
+        rows = int(pl.scan_parquet(path, glob=False, hive_partitioning=False).select(pl.len()).collect().item())
+        reading.filtered.rows += rows
+        reading.filtered.by_column.update(dict.fromkeys(removing, rows))
+    return bool(removing)
 
 
 def _is_number(value: Scalar) -> bool:

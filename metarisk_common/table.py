@@ -240,10 +240,19 @@ def check_identifiers(frame: pl.DataFrame, name: str, where: str) -> None:
             f"{where}: identifier column '{name}' is empty in {absent} of {frame.height} rows; "
             "give every record its own",
         )
-    repeated = len(text) - text.n_unique()
+    check_repeats(len(text) - text.n_unique(), frame.height, name, where)
+
+
+def check_repeats(repeated: int, rows: int, name: str, where: str) -> None:
+    """Raise where `repeated` of a table's rows have an identifier that another has.
+
+    Raises:
+        DataError: some have.
+
+    """
     if repeated:
         raise DataError(
-            f"{where}: identifier column '{name}' repeats in {repeated} of {frame.height} rows, and a record that "
+            f"{where}: identifier column '{name}' repeats in {repeated} of {rows} rows, and a record that "
             "stands twice is protected half as well; keep one row for each record",
         )
 
