@@ -130,4 +130,7 @@ def columns_table(title: str, found: Mapping[str, Found], columns: Mapping[str, 
 
 def counted(count: int, rows: int) -> str:
     """Write a count with its share of the rows."""
-    return f"{count:,} ({count / rows:.1%})" if count and rows else f"{count:,}"
+    if not count or not rows:
+        return f"{count:,}"
+    share = f"{count / rows:.1%}"
+    return f"{count:,} ({'<0.1%' if share == '0.0%' else share})"

@@ -240,7 +240,7 @@ def _problems(counted: Tally, learned: np.ndarray, schema: Schema, where: str) -
     if counted.rows == 0:
         yield f"{where}: holds no rows; export the table again with one row for each record"
     elif counted.fitting == 0:
-        yield f"{where}: not one of its {counted.rows} rows fits the plan's schema; the columns at fault are counted above"
+        yield f"{where}: not one of its {counted.rows} rows fits the plan's schema; the columns at fault are counted"
     elif not used.any():
         yield f"{where}: none of its rows is of a segment that the plan lists; check column '{schema.segment}'"
     else:
@@ -262,7 +262,7 @@ def _warnings(found: Check, institution: Institution, plan: Plan) -> Iterator[st
         by = ", ".join(f"{name} {rows:,}" for name, rows in found.filtered.items() if rows)
         yield (
             f"{found.source_rows - found.rows:,} of {found.source_rows:,} rows are removed by the filters in "
-            f"institution.toml{f' ({by})' if by else ''}"
+            f"institution.toml{by and f' ({by})'}"
         )
     if found.unfit_rows:
         yield (

@@ -50,6 +50,12 @@ def csv_blocks(path: Path, separator: str = ",", block_bytes: int = BLOCK_BYTES)
         header, width, line = b"", 0, 1
         for piece, cut in _pieces(file, path, ord(separator), block_bytes):
             _check_text(piece, path, line)
+            if b"\0" in piece:
+                number = line + piece.count(b"\n", 0, piece.index(b"\0"))
+                raise DataError(
+                    f"{path}: holds NUL bytes (near line {number}); the file was damaged while it was written, or is "
+                    "UTF-16: export the table again, as UTF-8"
+                )
             start, first = 0, 0
             if not header:
                 first, start, width = 1, int(cut.ends[0]), int(cut.cells[0])
@@ -68,6 +74,14 @@ def csv_blocks(path: Path, separator: str = ",", block_bytes: int = BLOCK_BYTES)
                 yield Block(header + piece[start:], len(cut.ends) - first)
         if not header:
             raise DataError(f"{path}: is empty; export the table again with a header and one row for each record")
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a path may be a file; where nobody may look, opening it tells why."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def check_csv(path: Path) -> None:

@@ -23,7 +23,7 @@ from metarisk_common.table import require_columns
 
 from .config import Institution
 from .source_config import Scalar, TableSection, cell_text
-from .source_csv import Block, csv_blocks
+from .source_csv import Block, csv_blocks, is_there
 
 BATCH_ROWS: Final = 65_536
 
@@ -171,7 +171,7 @@ def _files(place: Path, reading: _Reading) -> Iterator[pl.DataFrame]:
         partition = {} if path.parent == root else _partition(path.relative_to(root))
         if path.suffix.lower() not in _SUFFIXES:
             raise DataError(f"{path}: only .csv and .parquet files are read; export the table as one of them")
-        if not path.is_file():
+        if not is_there(path):
             raise DataError(f"{path}: there is no such file; check the path, and that the table was exported")
         for frame in _one_file(path, partition, reading, where):
             yield frame.select(reading.own)

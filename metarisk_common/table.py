@@ -5,7 +5,6 @@ a cell is read by what the schema says of its column, never by what a reader gue
 line that names the file and the column, counts the cells, and never repeats one.
 """
 
-import difflib
 from typing import Final
 
 import numpy as np
@@ -13,6 +12,7 @@ import polars as pl
 
 from .errors import DataError
 from .schema import CategoricalColumn, Label, NumericColumn, NumericLabel, Schema
+from .table_words import near_miss, wrong_kind
 
 UNKNOWN_SEGMENT: Final = "unknown"
 """Segment of a record whose segment is missing."""
@@ -126,7 +126,7 @@ def require_columns(frame: pl.DataFrame, names: tuple[str, ...], where: str) -> 
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise DataError(
-            f"{where}: column '{missing[0]}' is missing{more}{_near_miss(missing[0], names, frame)}; "
+            f"{where}: column '{missing[0]}' is missing{more}{near_miss(missing[0], names, frame)}; "
             "add or rename the column in the table",
         )
     for name in names:
@@ -308,7 +308,7 @@ def _read_floats(frame: pl.DataFrame, name: str, where: str) -> tuple[pl.Series,
         values = text.replace({"true": "1", "false": "0"}).cast(pl.Float64, strict=False)
         other = values.is_null() & text.is_not_null()
     else:
-        raise DataError(_wrong_kind(where, name, series.dtype, "numbers"))
+        raise DataError(wrong_kind(where, name, series.dtype, "numbers"))
     return values.fill_nan(None), other
 
 
@@ -333,23 +333,17 @@ def _texts(frame: pl.DataFrame, name: str, where: str, known: tuple[str, ...] = 
     series = frame[name]
     plain = series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null, pl.String, pl.Categorical, pl.Enum)
     if not plain:
-        raise DataError(_wrong_kind(where, name, series.dtype, "categories (text, whole numbers or true and false)"))
+        raise DataError(wrong_kind(where, name, series.dtype, "categories (text, whole numbers or true and false)"))
     text = _without_blanks(series.cast(pl.String))
-    spelled = text.str.replace(_WHOLE_NUMBER_AS_FLOAT, "$1").replace({"True": "true", "False": "false"})
+    # Blanks after a text, which columns of fixed width have, count for nothing.
+    spelled = (
+        text.str.strip_chars_end(" ")
+        .str.replace(_WHOLE_NUMBER_AS_FLOAT, "$1")
+        .replace({"True": "true", "False": "false"})
+    )
     spelled = spelled.set(spelled.is_in(["NaN", "nan"]), None)
     return spelled.zip_with(~text.is_in(list(known)).fill_null(value=False), text) if known else spelled
 
 
 def _without_blanks(text: pl.Series) -> pl.Series:
     return text.set(text.str.strip_chars() == "", None)
-
-
-def _near_miss(name: str, names: tuple[str, ...], frame: pl.DataFrame) -> str:
-    spelled = {" ".join(other.lower().split()): other for other in frame.columns if other not in names}
-    close = difflib.get_close_matches(name.lower(), list(spelled), n=1)
-    return f"; did you mean '{' '.join(spelled[close[0]].split())}'?" if close else ""
-
-
-def _wrong_kind(where: str, name: str, dtype: pl.DataType, expected: str) -> str:
-    kind = "dates or times" if dtype.is_temporal() else "lists or structures" if dtype.is_nested() else "binary values"
-    return f"{where}: column '{name}' holds {kind}, and the schema expects {expected}; convert the column in the table"

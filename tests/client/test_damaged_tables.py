@@ -6,6 +6,8 @@ clipped or taken for missing or unknown, and the counts are shown.
 """
 
 import json
+import os
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import polars as pl
 import pytest
 
 from client.cli import app
+from client.dataset import read_table
+from metarisk_common.errors import DataError
 from metarisk_common.plan import Plan
 
 Call = Callable[..., tuple[int, str, str]]
@@ -62,6 +66,8 @@ REFUSED: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "header only": ("t.csv", lambda _: text(), "holds no rows"),
     "Latin-1": ("t.csv", lambda _: text(*ROWS, f"L{CANARY},1,1,é,good").decode().encode("latin-1"), "not UTF-8"),
     "UTF-16": ("t.csv", lambda _: text(*ROWS).decode().encode("utf-16"), "t.csv"),
+    "NUL bytes": ("t.csv", lambda _: text(*ROWS) + b"\0" * 512, "NUL bytes (near line 32)"),
+    "NUL bytes within": ("t.csv", lambda _: first(f"L{CANARY},1\0,1,a,bad"), "NUL bytes (near line 2)"),
     "semicolons": ("t.csv", lambda _: text(*ROWS).replace(b",", b";"), "is missing"),
     "short row": ("t.csv", lambda _: first(f"L{CANARY},1"), "line 2 has 2 cells"),
     "long row": ("t.csv", lambda _: first(f"L0,1,1,a,good,{CANARY}"), "line 2 has 6 cells"),
@@ -116,7 +122,7 @@ COUNTED: dict[str, tuple[bytes, dict[str, Any]]] = {
         {"code": {"missing": 30}},
     ),
     "constant column": (text(*ROWS), {"rate": {"missing": 0, "clipped_below": 0}}),
-    "category with blanks after it": (first("L0,1,1,a  ,bad"), {"code": {"unknown_categories": 1}}),
+    "category with blanks after it": (first("L0,1,1,a  ,bad"), {"code": {"unknown_categories": 0}}),
     "byte-order mark": (b"\xef\xbb\xbf" + text(*ROWS), {"unfit_rows": 0}),
     "returns before newlines": (text(*ROWS).replace(b"\n", b"\r\n"), {"unfit_rows": 0}),
     "blank lines at the end": (text(*ROWS) + b"\n\n", {"rows": 32, "unfit_rows": 2}),
@@ -158,6 +164,27 @@ def test_a_damaged_cell_is_counted_and_shown(call: Call, tmp_path: Path, kind: s
             assert {name: answer["columns"][key][name] for name in value} == value
         else:
             assert answer[key] == value
+
+
+@pytest.mark.parametrize("closed", ["file", "folder"])
+@pytest.mark.parametrize("file", ["t.csv", "t.parquet"])
+def test_a_table_that_this_user_may_not_read_is_told(
+    tmp_path_factory: pytest.TempPathFactory, file: str, closed: str
+) -> None:
+    place = tmp_path_factory.mktemp("closed")
+    folder = place / "exports"
+    folder.mkdir()
+    (folder / file).write_bytes(text(*ROWS))
+    (folder / file if closed == "file" else folder).chmod(0)
+    nobody = pwd.getpwnam("nobody").pw_uid
+    try:
+        if os.geteuid() == 0:  # who may read everything
+            os.seteuid(nobody)
+        with pytest.raises(DataError, match=rf"{file}: may not be read by this user|{file}: can't be read"):
+            read_table(folder / file)
+    finally:
+        os.seteuid(os.getuid())
+        folder.chmod(0o755)
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(call: Call, tmp_path: Path) -> None:

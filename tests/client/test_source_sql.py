@@ -23,7 +23,7 @@ import sqlalchemy.dialects.postgresql as pg
 import client.source_sql
 from client.config import Institution, InstitutionConfig
 from client.dataset import Dataset, load_dataset, load_source
-from client.sources import read_source
+from client.sources import Filtered, join_batches, read_source, source_batches
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError, DataError, MetariskError
 from metarisk_common.schema import Schema
@@ -126,18 +126,8 @@ def postgresql() -> Iterator[tuple[str, str]]:
 
         data = f"{place}/data"
         try:
-            run(
-                "initdb",
-                "-D",
-                data,
-                "-U",
-                "bank",
-                "--auth=scram-sha-256",
-                f"--pwfile={place}/password",
-                "-N",
-                "-E",
-                "UTF8",
-            )
+            options = f"-U bank --auth=scram-sha-256 --pwfile={place}/password -N -E UTF8"
+            run("initdb", "-D", data, *options.split())
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"PostgreSQL cannot be set up by this user: {type(error).__name__}")
         options = f"-c listen_addresses='' -c unix_socket_directories={place} -c fsync=off"
@@ -231,8 +221,9 @@ def test_what_a_database_can_filter_is_not_even_sent(
 
     monkeypatch.setattr(client.source_sql, "_frame", counted)
     section = {name: value for name, value in MAPPING.items() if name not in ("where", "between")} | filters
-    kept = read_source(bank(tmp_path, url, table=table, **section), SCHEMA)
-    assert 0 < kept.height == sum(seen) < ROWS
+    filtered = Filtered()
+    kept = join_batches(list(source_batches(bank(tmp_path, url, table=table, **section), SCHEMA, filtered)))
+    assert 0 < kept.height == sum(seen) < filtered.rows == ROWS
 
 
 def attacked(institution: Institution, caplog: pytest.LogCaptureFixture) -> str:
@@ -280,10 +271,7 @@ def test_an_address_that_leads_nowhere_is_told_without_it(
     ("change", "told"),
     [
         ({"table": "gone"}, "database table 'gone': cannot be read; check that it is there"),
-        (
-            {"columns": MAPPING["columns"] | {"income": "INCOME"}},
-            "column 'INCOME' is missing.*did you mean 'INCOME_EUR'",
-        ),
+        ({"columns": MAPPING["columns"] | {"income": "INCOME"}}, "'INCOME' is missing.*did you mean 'INCOME_EUR'"),
         ({"order_by": "nummer"}, "column 'nummer' is missing"),
         ({"where": {"product": "none such"}}, "holds no rows"),
         ({"table": None, "query": f"SELECT '{CANARY}' FROM gone"}, "the database's query: cannot be read"),
@@ -294,14 +282,12 @@ def test_an_address_that_leads_nowhere_is_told_without_it(
 def test_what_a_database_says_is_not_repeated(
     change: dict[str, object], told: str, database: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url, table = database
-    text = attacked(bank(tmp_path, url, **({"table": table} | MAPPING | change)), caplog)
+    text = attacked(bank(tmp_path, database[0], **({"table": database[1]} | MAPPING | change)), caplog)
     assert re.search(told, text), text
 
 
 def test_a_table_without_rows_says_so(database: tuple[str, str], tmp_path: Path) -> None:
-    url, table = database
-    institution = bank(tmp_path, url, table=table.replace("Loans", "empty"), **MAPPING)
+    institution = bank(tmp_path, database[0], table=database[1].replace("Loans", "empty"), **MAPPING)
     assert read_source(institution, SCHEMA).columns == list(SCHEMA.required)
     with pytest.raises(DataError, match="holds no rows"):
         load_source(institution, SCHEMA)
@@ -327,6 +313,31 @@ def test_nothing_can_be_written(database: tuple[str, str], tmp_path: Path, caplo
     assert read_source(bank(tmp_path, url, table=table, **MAPPING), SCHEMA).equals(before)
 
 
+def test_the_database_itself_refuses_to_write(database: tuple[str, str], tmp_path: Path) -> None:
+    section = bank(tmp_path, database[0], table=database[1], **MAPPING).config.table or pytest.fail("no section")
+    name = ".".join(f'"{part}"' for part in database[1].split("."))
+
+    def try_to(statement: str) -> None:
+        with client.source_sql._connected(tmp_path, section, "loans") as connection:
+            connection.execute(sa.text(statement))
+            connection.commit()
+
+    with pytest.raises(DataError, match="cannot be read"):
+        try_to(f"DELETE FROM {name}")
+    assert client.source_sql.database_rows(tmp_path, section, "loans") == ROWS
+
+
+def test_a_query_with_an_effect_has_none(postgresql: tuple[str, str], tmp_path: Path) -> None:
+    # What a sequence gives out is not taken back with the transaction, so the transaction must not allow it.
+    with sa.create_engine(postgresql[0], poolclass=sa.pool.NullPool).begin() as connection:
+        connection.execute(sa.text("CREATE SEQUENCE drawn"))
+    query = """SELECT l.*, nextval('drawn') AS drawn FROM "My-risk"."Loans" l"""
+    with pytest.raises(DataError, match="the database's query: cannot be read"):
+        read_source(bank(tmp_path, postgresql[0], query=query, **(MAPPING | {"where": {"drawn": 1}})), SCHEMA)
+    with sa.create_engine(postgresql[0], poolclass=sa.pool.NullPool).begin() as connection:
+        assert connection.execute(sa.text("SELECT is_called FROM drawn")).scalar_one() is False
+
+
 def test_the_url_comes_from_the_environment(
     sqlite: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,9 +348,3 @@ def test_the_url_comes_from_the_environment(
         load_source(institution, SCHEMA)
     monkeypatch.setenv("OWN_DATABASE", sqlite[0])
     assert as_bytes(load_source(institution, SCHEMA)) == as_bytes(expected(tmp_path))
-
-
-def test_rows_without_an_order_are_refused_where_it_matters(sqlite: tuple[str, str], tmp_path: Path) -> None:
-    section = {name: value for name, value in MAPPING.items() if name != "order_by"}
-    with pytest.raises(DataError, match="no order of rows: name columns that give one as `order_by`"):
-        load_source(bank(tmp_path, sqlite[0], table=sqlite[1], **section), SCHEMA)

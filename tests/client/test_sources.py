@@ -2,6 +2,7 @@
 
 import datetime as dt
 import decimal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from client.config import Institution, InstitutionConfig, institution_toml
 from client.dataset import Dataset, load_dataset, load_source
 from client.source_csv import csv_blocks
-from client.sources import read_source, source_batches
+from client.sources import Filtered, read_source, source_batches
 from metarisk_common.config import load_toml, validate
 from metarisk_common.errors import ConfigError, DataError
 from metarisk_common.schema import Schema
@@ -148,6 +149,22 @@ def test_the_same_rows_are_the_same_bytes_in_any_file(make: object, tmp_path: Pa
     assert 0 < wanted.y.sum() < len(wanted.y)
     institution = make(tmp_path)  # type: ignore[operator]
     assert as_bytes(load_source(institution, SCHEMA)) == as_bytes(wanted)
+
+
+@pytest.mark.parametrize("make", FILES)
+def test_what_each_filter_removes_is_counted(make: Callable[[Path], Institution], tmp_path: Path) -> None:
+    own, filtered = own_table(), Filtered()
+    kept = sum(batch.height for batch in source_batches(make(tmp_path), SCHEMA, filtered))
+    assert (filtered.rows, kept) == (ROWS, len(expected(tmp_path).y))
+    product = own.filter(~pl.col("product").is_in(["mortgage", "consumer"])).height
+    year = own.filter(~pl.col("year").is_between(2015, 2017)).height
+    if (
+        make is from_partitions
+    ):  # Files passed over for their folder's name are not opened: only that filter is counted.
+        assert filtered.by_column["year"] == year
+        assert 0 < filtered.by_column["product"] < product
+    else:
+        assert (filtered.by_column["product"], filtered.by_column["year"]) == (product, year)
 
 
 def test_only_the_schema_s_columns_are_kept_and_in_its_words(tmp_path: Path) -> None:
@@ -290,3 +307,8 @@ def test_the_example_in_the_comments_can_be_used(tmp_path: Path) -> None:
     read = load_toml(tmp_path / "institution.toml", InstitutionConfig)
     assert read.table is not None
     assert read.table.values == {"purpose": {"car": ("01", "02")}}
+
+
+def test_rows_without_an_order_are_refused_where_it_matters(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no order of rows: name columns that give one as `order_by`"):
+        read_source(bank(tmp_path, MAPPING | {"url_env": "NOT_EVEN_ASKED", "table": "loans"}), SCHEMA)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ SCHEMA: dict[str, Any] = {
 
 def cut(frame: pl.DataFrame, at: list[int]) -> list[pl.DataFrame]:
     ends = sorted({min(end, frame.height) for end in at} | {0, frame.height})
-    return [frame.clear(), *(frame[start:end] for start, end in zip(ends, ends[1:], strict=False))]
+    return [frame.clear(), *(frame[start:end] for start, end in pairwise(ends))]
 
 
 def counted(batches: list[pl.DataFrame], schema: Schema) -> tuple[Tally, int]:
@@ -66,7 +67,7 @@ def tables(draw: st.DrawFn) -> pl.DataFrame:
 @settings(max_examples=80, deadline=None)
 @given(frame=tables(), at=st.lists(st.integers(0, 40), max_size=6), by_unit=st.booleans())
 def test_batches_change_no_figure_and_each_is_what_an_order_would_use(
-    frame: pl.DataFrame, at: list[int], by_unit: bool
+    frame: pl.DataFrame, at: list[int], *, by_unit: bool
 ) -> None:
     values = SCHEMA if by_unit else SCHEMA | {"privacy_unit": None, "max_records_per_unit": 1}
     schema = Schema.model_validate(values)
@@ -149,7 +150,7 @@ def test_no_batch_is_kept(tmp_path: Path) -> None:
 
     schema = Schema.model_validate(SCHEMA)
     kinds = Kinds(schema)
-    found = tally(kinds.watched(batches()), schema, "loans", on_unfit=lambda frame: None)
+    found = tally(kinds.watched(batches()), schema, "loans", on_unfit=lambda _: None)
     assert (found.rows, found.fitting) == (20, 10)
     assert most <= 2
     assert kinds["amount"] == "numbers and text"
@@ -168,7 +169,7 @@ def test_strict_names_the_rows_of_a_later_batch() -> None:
     )
     schema = Schema.model_validate(SCHEMA)
     with pytest.raises(DataError, match=r"loans, rows 3 to 3: column 'amount' must hold numbers") as caught:
-        tally(cut(frame, [2]), schema, "loans", on_unfit=lambda frame: None, strict=True)
+        tally(cut(frame, [2]), schema, "loans", on_unfit=lambda _: None, strict=True)
     assert "secret" not in str(caught.value)
 
 
