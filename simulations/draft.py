@@ -90,7 +90,7 @@ def draft(path: Path, *, institution: str, label: str, name: str) -> str:
         f"delta = {_delta(int(counts[-1]))}",
     ]
     if left_out:
-        tail += ["", f"# Left out, neither numbers nor few categories: {', '.join(left_out)}"]
+        tail += ["", f"# Left out, neither numbers nor few categories, or one value alone: {', '.join(left_out)}"]
     return "\n".join([*head, *body, *tail]) + "\n"
 
 
@@ -120,6 +120,8 @@ def _column(name: str, series: pl.Series) -> str:
     numbers = present.cast(pl.Float64, strict=False)
     finite = numbers.filter(numbers.is_finite().fill_null(value=False))
     distinct = present.n_unique()
+    if distinct == 1 and len(present) == len(text):
+        return ""  # The same in every record: nothing can be learned from it.
     head = f"\n[[schema.columns]]\nkind = {{}}\nname = {toml_text(name)}\n"
     if len(finite) >= _SHARE_OF_NUMBERS * len(present) and distinct > 2:  # noqa: PLR2004 - flags are categories
         low, high = float(finite.min() or 0.0), float(finite.max() or 0.0)  # type: ignore[arg-type]

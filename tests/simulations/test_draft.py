@@ -49,7 +49,7 @@ def test_a_newcomers_table_becomes_a_run_in_two_commands(tmp_path: Path, call: C
 
 
 def test_columns_are_drafted_by_their_kind_and_a_free_text_is_left_out(tmp_path: Path) -> None:
-    table().write_csv(tmp_path / "loans.csv")
+    table().with_columns(Country=pl.lit("NL")).write_csv(tmp_path / "loans.csv")
     text = draft(tmp_path / "loans.csv", institution="Lender", label="Defaulted", name="x")
     found = validate(tomllib.loads(text), Scenario, where="draft")
     kinds = {column.name: column.kind for column in found.columns.columns}
@@ -58,6 +58,7 @@ def test_columns_are_drafted_by_their_kind_and_a_free_text_is_left_out(tmp_path:
     assert (debt.lower, debt.upper, debt.scale) == (0, 1_000_000, "log1p")  # type: ignore[union-attr]
     assert balance.lower == -1000  # type: ignore[union-attr]
     assert found.columns.outcome.positive == "yes"
+    assert "one value alone: Remark, Country" in text
     assert CANARY not in text
     assert text.count("CONFIRM") == 6  # the header, label, base rate, two numeric columns, one of categories
 
