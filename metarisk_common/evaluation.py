@@ -192,12 +192,17 @@ def run_episodes(
     return scores
 
 
-def summarise(scores: Iterable[EpisodeScore], yardstick: Yardstick = CREDIT) -> dict[str, dict[str, Summary]]:
+def summarise(
+    scores: Iterable[EpisodeScore], yardstick: Yardstick = CREDIT, *, cluster: Callable[[str], str] = str
+) -> dict[str, dict[str, Summary]]:
     """Summarise scores by method and by k as text, ready for JSON.
 
     Draws are averaged within an institution; the mean and the 95% interval (Student's t) are over institutions. The
     worst decile is the mean over the tenth of the institutions (rounded up) with the lowest headline measure. A measure
     that some institution has no figure of, for want of what it needs, is left out.
+
+    Where what is judged are several tasks of an institution, `cluster` gives the institution of a task's name, and the
+    intervals are over these; see `intervals.estimate`.
     """
     cells: dict[tuple[str, int], dict[str, list[EpisodeScore]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
@@ -207,9 +212,10 @@ def summarise(scores: Iterable[EpisodeScore], yardstick: Yardstick = CREDIT) -> 
         known = set.intersection(*(set(score.values) for own in by_institution.values() for score in own))
         metrics = [metric for metric in yardstick.metrics if metric in known]
         ordered = [own for _, own in sorted(by_institution.items())]
+        whose = [cluster(name) for name in sorted(by_institution)]
         values = {metric: np.array([_mean(own, metric) for own in ordered]) for metric in metrics}
         summary.setdefault(method, {})[str(k)] = {
-            **{metric: estimate(found) for metric, found in values.items()},
+            **{metric: estimate(found, whose) for metric, found in values.items()},
             "worst_decile": {yardstick.headline: worst_decile(values[yardstick.headline])},
             "institutions": len(by_institution),
         }
@@ -224,11 +230,13 @@ def paired_difference(
     metric: str = CREDIT.headline,
     *,
     k_b: int | None = None,
+    cluster: Callable[[str], str] = str,
 ) -> PairedDifference:
     """Compare `method_a` at `k` with `method_b` at `k_b` (the same k where none is given) on the same draws.
 
     Draws are averaged within an institution; mean and 95% interval (Student's t) are over institutions. The difference
-    is a less b in the metric's own unit; where the smaller value is better, a win is a difference below 0.
+    is a less b in the metric's own unit; where the smaller value is better, a win is a difference below 0. `cluster`
+    as in `summarise`.
 
     Raises:
         ValueError: the two were not scored, or not on the same draws.
@@ -245,7 +253,7 @@ def paired_difference(
     values = np.array(list(by_institution.values()))
     better = -values if metric in _LOWER_IS_BETTER else values
     return {
-        **estimate(values),
+        **estimate(values, [cluster(name) for name in by_institution]),
         "wins": int(np.count_nonzero(better > 0)),
         "losses": int(np.count_nonzero(better < 0)),
         "by_institution": by_institution,

@@ -1,7 +1,7 @@
 """A mean over institutions, its 95% interval, the worst tenth of them, and where a gain can be shown no longer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -64,12 +64,30 @@ def crossover(gains: Mapping[int, Estimate]) -> Crossover:
     return Crossover(None, at_most=False, last=ks[-1])
 
 
-def estimate(values: npt.NDArray[np.float64]) -> Estimate:
-    """Mean of one value an institution with its 95% interval (Student's t), open where there is one institution."""
-    mean, count = float(values.mean()), len(values)
+def estimate(values: npt.NDArray[np.float64], clusters: Sequence[str] | None = None) -> Estimate:
+    """Mean of one value an institution with its 95% interval (Student's t), open where there is one institution.
+
+    Several tasks of one institution are no independent sample. Where `clusters` names the institution of each value,
+    the interval is the cluster-robust one of their mean: G/(G-1) sum over institutions of the squared sum of their
+    deviations, over the square of the number of values, with G-1 degrees of freedom (Liang and Zeger 1986,
+    "Longitudinal data analysis using generalized linear models"; the correction as in Cameron and Miller 2015, "A
+    practitioner's guide to cluster-robust inference", equation 11 without its factor for regressors). With one value
+    an institution it is the plain interval.
+
+    Args:
+        values: (tasks,) one value a task.
+        clusters: (tasks,) whose each is; None: each value is of an institution of its own.
+
+    """
+    mean, deviations = float(values.mean()), values - values.mean()
+    if clusters is not None:
+        _, whose = np.unique(list(clusters), return_inverse=True)
+        deviations = np.bincount(whose, weights=deviations)
+    count = len(deviations)
     if count < 2:  # noqa: PLR2004 - one institution says nothing of how institutions differ
         return {"mean": mean, "ci95": [None, None]}
-    half = float(stdtrit(count - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(count)
+    variance = count / (count - 1) * float(deviations @ deviations) / len(values) ** 2
+    half = float(stdtrit(count - 1, 0.975)) * math.sqrt(variance)
     return {"mean": mean, "ci95": [mean - half, mean + half]}
 
 

@@ -1,7 +1,8 @@
 """Recipes: from a CSV file of a wheel to the tidy table that a scenario reads. Pure functions of the file.
 
 Nothing is dropped in silence: what a recipe leaves out is counted, and the counts go to the user and the receipt.
-Rules that make institutions are public: they look at names, row numbers and counts, never at a label.
+Rules that make institutions are public: they look at names, row numbers and counts, never at a label; but that of the
+SBA's lenders, whose records are all public, those are left out that have next to no record of one of the outcomes.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from .fetch import Tidied
 
 SBA_YEARS: Final = (1990, 2010)
 SBA_LEAST_LOANS: Final = 300
+SBA_LEAST_OUTCOMES: Final = 10
 IEEE_LEAST_ROWS: Final = 400
 PAKDD_LEAST_ROWS: Final = 300
 GIVE_ME_GROUPS: Final = 21
@@ -63,7 +65,16 @@ def sba(path: Path) -> Tidied:
         guaranteed_amount=_dollars("SBA_Appv"),
         charged_off=(pl.col("MIS_Status") == "CHGOFF").cast(pl.Int8),
     )
-    return _with_enough(table, "bank", SBA_LEAST_LOANS, raw.height, left_out)
+    found = _with_enough(table, "bank", SBA_LEAST_LOANS, raw.height, left_out)
+    rarer = pl.min_horizontal(pl.col("charged_off").sum(), (1 - pl.col("charged_off")).sum())
+    kept = found.table.filter(rarer.over("bank") >= SBA_LEAST_OUTCOMES)
+    counts = {
+        f"lenders of fewer than {SBA_LEAST_OUTCOMES} loans of an outcome, left out": found.table["bank"].n_unique()
+        - kept["bank"].n_unique(),
+        "rows of those lenders": found.table.height - kept.height,
+    }
+    after = {"institutions": kept["bank"].n_unique(), "rows": kept.height}
+    return Tidied(kept, {**found.counts, **counts} | after)
 
 
 def ieee_cis(path: Path) -> Tidied:

@@ -35,6 +35,7 @@ from . import baselines, market_classes, market_episodes
 from .experiment import MAIN, data_files
 from .runfolder import RunFolder, numbers_of
 from .scenarios import Evaluation, Scenario
+from .unseen import institution_of
 
 GAIN_K = 50
 """Labels at which the gain of each institution is shown, or the nearest number that was evaluated."""
@@ -151,14 +152,16 @@ def measure(
         on_progress=on_progress,
     )
     main = method_names(run)[MAIN]
+    # A bank's products, or its years, are no independent sample of banks.
+    cluster = institution_of if run.scenario.splits.judges_what_came_later else str
     metrics = {
         "ks": list(chosen),
         "draws": draws or evaluation.draws,
         "main_method": main,
         "not_private": run.not_private,
         "methods": described,
-        "summary": summarise(scores, yardstick),
-        "paired": _paired(scores, main, list(described), chosen, yardstick.headline),
+        "summary": summarise(scores, yardstick, cluster=cluster),
+        "paired": _paired(scores, main, list(described), chosen, yardstick.headline, cluster),
         "gain_by_institution": _gains(scores, main, list(described), chosen, yardstick.headline),
         "share_harmed": {
             str(k): share_harmed(scores, main, k, metric=yardstick.headline) for k in chosen if k > 0 and 0 in chosen
@@ -259,14 +262,19 @@ def _pooled_table(run: RunFolder) -> pl.DataFrame:
 
 
 def _paired(
-    scores: Sequence[EpisodeScore], main: str, methods: list[str], ks: Sequence[int], metric: str
+    scores: Sequence[EpisodeScore],
+    main: str,
+    methods: list[str],
+    ks: Sequence[int],
+    metric: str,
+    cluster: Callable[[str], str],
 ) -> list[dict[str, Any]]:
     scored = {(score.method, score.k) for score in scores}
     rows = []
     for other in methods:
         for k in ks:
             if other != main and (other, k) in scored:
-                difference = paired_difference(scores, main, other, k, metric)
+                difference = paired_difference(scores, main, other, k, metric, cluster=cluster)
                 row = {key: difference[key] for key in ("mean", "ci95", "wins", "losses")}
                 rows.append({"method": main, "baseline": other, "k": k, **row})
     return rows

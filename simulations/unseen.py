@@ -70,6 +70,11 @@ def unseen_tasks(scenario: Scenario, frame: pl.DataFrame, where: str = "the tabl
     return dict(sorted(found.items()))
 
 
+def institution_of(task: str) -> str:
+    """Return the institution in the name of a table that is judged beside others of its institution."""
+    return task.rsplit(SEPARATOR, 1)[0]
+
+
 def _large_enough(scenario: Scenario, y: np.ndarray) -> bool:
     evaluation = scenario.evaluation
     if len(y) < 2 * max(evaluation.k):

@@ -289,22 +289,24 @@ def loan(**changes: object) -> dict[str, str]:
 
 
 def test_sba_leaves_out_what_it_says_and_counts_every_row_once(tmp_path: Path) -> None:
-    rows = [loan()] * 299 + [loan(MIS_Status="CHGOFF", BankState="IN", FranchiseCode=78760, UrbanRural=2)]
+    rows = [loan()] * 290 + [loan(MIS_Status="CHGOFF", BankState="IN", FranchiseCode=78760, UrbanRural=2)] * 10
+    rows += [loan(Bank="ONE OUTCOME")] * 300
     rows += [loan(Bank="SMALL")] * 5 + [loan(MIS_Status="")] * 2 + [loan(ApprovalFY="1976A")] * 3
     rows += [loan(ApprovalFY="2011")] * 4 + [loan(NAICS="0")] * 6
     tidied = fetch_tables.sba(in_csv(tmp_path / "x.csv", rows))
-    assert list(tidied.counts.values()) == [320, 2, 0, 7, 6, 1, 5, 1, 300]
+    assert list(tidied.counts.values()) == [620, 2, 0, 7, 6, 1, 5, 1, 300, 1, 300]
     first, last = tidied.table.row(0, named=True), tidied.table.row(-1, named=True)
     assert (first["approved_amount"], first["guaranteed_amount"], first["sector"]) == (60_000, 48_000, "retail")
     assert (first["location"], first["revolving_credit"], first["low_doc"]) == ("unknown", "unknown", "yes")
     assert (first["business_age"], first["franchise"], first["lender_in_state"]) == ("new", "no", "no")
     assert (last["location"], last["franchise"], last["lender_in_state"]) == ("rural", "yes", "yes")
-    assert tidied.table["charged_off"].to_list() == [0] * 299 + [1]
+    assert tidied.table["charged_off"].to_list() == [0] * 290 + [1] * 10
 
 
 def test_sba_gives_the_columns_of_the_embedded_table_and_its_schema_reads_them(tmp_path: Path) -> None:
     embedded = pl.read_parquet_schema(Path(fetching.__file__).parent / "data" / "sba_loans.parquet")
-    table = fetch_tables.sba(in_csv(tmp_path / "x.csv", [loan()] * 300)).table
+    table = fetch_tables.sba(in_csv(tmp_path / "x.csv", [loan(), loan(MIS_Status="CHGOFF")] * 150)).table
+    assert table.height == 300
     assert table.columns == list(embedded)
 
 
