@@ -74,7 +74,8 @@ def sba(path: Path) -> Tidied:
         "rows of those lenders": found.table.height - kept.height,
     }
     after = {"institutions": kept["bank"].n_unique(), "rows": kept.height}
-    return Tidied(kept, {**found.counts, **counts} | after)
+    before = {name: count for name, count in found.counts.items() if name not in after}
+    return Tidied(kept, before | counts | after)
 
 
 def ieee_cis(path: Path) -> Tidied:
