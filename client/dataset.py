@@ -13,7 +13,8 @@ from metarisk_common.schema import Schema
 from metarisk_common.table import check_identifiers, check_table, labels, segments, units, usable_rows
 
 from .config import Institution
-from .source_csv import check_csv, is_there
+from .source_csv import check_csv
+from .source_files import check_file
 from .sources import read_source
 
 
@@ -52,11 +53,8 @@ def read_table(path: Path) -> pl.DataFrame:
         DataError: the file is missing, empty, damaged or of another format; nothing of its content is repeated.
 
     """
+    check_file(path)
     suffix = path.suffix.lower()
-    if suffix not in (".csv", ".parquet"):
-        raise DataError(f"{path}: only .csv and .parquet files are read; export the table as one of them")
-    if not is_there(path):
-        raise DataError(f"{path}: there is no such file; check the path, and that the table was exported")
     try:
         if suffix == ".csv":
             check_csv(path)

@@ -55,9 +55,9 @@ class Fit:
     Attributes:
         possible: whether the column can be of that kind at all.
         share: of the cells that are not blank, those that fit; none: nothing can be told.
-        codes: own codes that need a mapping, by the schema's word; `unknown` those of several rows that
-            nobody can place, and `meant`
-            the schema's words that some code spells.
+        codes: own codes that need a mapping, by the schema's word.
+        unknown: own codes of several rows that nobody can place.
+        meant: the schema's words that some code spells.
 
     """
 

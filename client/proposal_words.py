@@ -103,8 +103,8 @@ def meanings(codes: tuple[str, ...], categories: tuple[str, ...]) -> dict[str, s
     """Tell which category each code spells; a code that spells none, or more than one, is left out.
 
     Taken for the same: what differs by case, separators, accents and a number before it ("01 - Car"); yes, Y, ja and
-    1 where the categories are yes and no;
-    and a beginning ("U" of urban) where each code left is one of just one category left.
+    1 where the categories are yes and no; and a beginning ("U" of urban) where each code left is of just one category
+    left.
     """
     found: dict[str, str] = {}
     spelled: dict[str, set[str]] = {}

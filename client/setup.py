@@ -40,8 +40,9 @@ from .node_key import PublicKey, write_pair
 from .proposal import Pair
 from .proposal_table import with_open_lines
 from .source_config import TableSection
+from .source_files import is_many
 from .sources import source_batches
-from .table_sample import is_many, table_sample
+from .table_sample import table_sample
 
 _SECRET_BYTES: Final = 32
 _LARGEST_DELTA: Final = Decimal("0.009")  # The configuration takes less than a hundredth.

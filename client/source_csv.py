@@ -76,14 +76,6 @@ def csv_blocks(path: Path, separator: str = ",", block_bytes: int = BLOCK_BYTES)
             raise DataError(f"{path}: is empty; export the table again with a header and one row for each record")
 
 
-def is_there(path: Path) -> bool:
-    """Tell whether a path may be a file; where nobody may look, opening it tells why."""
-    try:
-        return path.is_file()
-    except OSError:
-        return True
-
-
 def check_csv(path: Path) -> None:
     """Raise where a file is no CSV in UTF-8 with commas, or a row has fewer or more cells than the header.
 

@@ -7,7 +7,6 @@ become their text, and blanks after a text, which columns of fixed width have, c
 
 import datetime as dt
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,12 +22,11 @@ from metarisk_common.table import require_columns
 
 from .config import Institution
 from .source_config import Scalar, TableSection, cell_text
-from .source_csv import Block, csv_blocks, is_there
+from .source_csv import Block, csv_blocks
+from .source_files import check_file, files_of, is_many, partition_of
 
 BATCH_ROWS: Final = 65_536
 
-_SUFFIXES = (".csv", ".parquet")
-_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _WHOLE_NUMBER_AS_FLOAT = r"^(-?\d+)\.0+$"
 
 
@@ -104,7 +102,7 @@ def source_batches(
     for batch in batches:
         if table.file is not None or not (table.where or table.between):
             reading.filtered.rows += batch.height
-        frame = batch if plain else _kept(batch.select(map(_plain_cells, batch.get_columns())), reading)
+        frame = batch if plain else _kept(batch.select(map(plain_cells, batch.get_columns())), reading)
         if frame.height:
             yield _named(frame, reading)
 
@@ -157,36 +155,11 @@ def _check_values(reading: _Reading) -> None:
 
 def _files(place: Path, reading: _Reading) -> Iterator[pl.DataFrame]:
     """Read one file after another, those of a folder in the order of their names."""
-    if place.is_dir() and not reading.plain:
-        files, root = _data_files(place, "**/*.parquet"), place
-    elif any(sign in str(place) for sign in "*?[") and not place.exists() and not reading.plain:
-        root = next(parent for parent in place.parents if not any(sign in str(parent) for sign in "*?["))
-        files = _data_files(root, str(place.relative_to(root)))
-    else:
-        files, root = [place], place.parent
-    if not files:
-        raise DataError(f"{place}: has no Parquet file; check `file` in section table of institution.toml")
+    root, files = files_of(place) if not reading.plain and is_many(place) else (place.parent, [place])
     for path in files:
-        where = str(path) if len(files) > 1 else str(place)
-        partition = {} if path.parent == root else _partition(path.relative_to(root))
-        if path.suffix.lower() not in _SUFFIXES:
-            raise DataError(f"{path}: only .csv and .parquet files are read; export the table as one of them")
-        if not is_there(path):
-            raise DataError(f"{path}: there is no such file; check the path, and that the table was exported")
-        for frame in _one_file(path, partition, reading, where):
+        check_file(path)
+        for frame in _one_file(path, partition_of(path, root), reading, str(path)):
             yield frame.select(reading.own)
-
-
-def _data_files(root: Path, pattern: str) -> list[Path]:
-    """List what a pattern finds, but for hidden files and marks such as _SUCCESS, which other tools leave there."""
-    found = (path for path in root.glob(pattern) if path.is_file())
-    return sorted(path for path in found if not any(part[0] in "._" for part in path.relative_to(root).parts))
-
-
-def _partition(path: Path) -> dict[str, str | None]:
-    """Read the columns that the names of folders give, year=2015; each is text, so that a code "01" keeps its zero."""
-    pairs = (part.split("=", 1) for part in path.parts[:-1] if "=" in part)
-    return {_unquoted(name): None if value == _NO_VALUE else _unquoted(value) for name, value in pairs}
 
 
 def _one_file(path: Path, partition: dict[str, str | None], reading: _Reading, where: str) -> Iterator[pl.DataFrame]:
@@ -236,7 +209,7 @@ def _decimal_points(frame: pl.DataFrame, reading: _Reading) -> pl.DataFrame:
     return frame.with_columns(swapped)
 
 
-def _plain_cells(series: pl.Series) -> pl.Series:
+def plain_cells(series: pl.Series) -> pl.Series:
     """Bring cells to what a CSV file would hold, but for numbers and booleans, which the schema's reading knows."""
     kind = series.dtype
     if kind.is_decimal() or kind in (pl.Categorical, pl.Enum):
@@ -330,9 +303,3 @@ def _decoded(series: pl.Series, codes: dict[str, tuple[Scalar, ...]]) -> pl.Seri
     return exact.replace_strict(meaning, default=by_spelling.fill_null(exact), return_dtype=pl.String).alias(
         series.name
     )
-
-
-def _unquoted(text: str) -> str:
-    """Undo a partition name's percent signs (RFC 3986, section 2.1), without a library that can open addresses."""
-    plain = re.sub(rb"%([0-9A-Fa-f]{2})", lambda found: bytes([int(found[1], 16)]), text.encode())
-    return plain.decode(errors="replace")

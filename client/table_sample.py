@@ -17,6 +17,8 @@ from metarisk_common.errors import DataError
 
 from .source_config import TableSection
 from .source_csv import csv_blocks
+from .source_files import check_file, files_of, is_many, partition_of
+from .sources import plain_cells
 
 SAMPLE_ROWS: Final = 5_000
 _BLOCK_BYTES: Final = 1 << 20
@@ -66,7 +68,7 @@ def table_sample(path: Path, rows: int = SAMPLE_ROWS) -> Sample:
         message = f"{first}: can't be read as a table; it may be cut short or of another format: export it again"
     if message:
         raise DataError(message) from None
-    cells = cells.select(_plain(cells[name]) for name in _usable(cells.columns))
+    cells = cells.select(plain_cells(cells[name]) for name in _usable(cells.columns))
     if cells.width < 2 or not cells.height:  # noqa: PLR2004 - a label and an input
         raise DataError(f"{path}: has fewer than two columns, or no rows; check the header and the separator")
     comma = separator != "," and _has_decimal_commas(cells)
@@ -79,30 +81,11 @@ def table_sample(path: Path, rows: int = SAMPLE_ROWS) -> Sample:
     return Sample(validate(values, TableSection, where="--from"), cells)
 
 
-def is_many(path: Path) -> bool:
-    """Tell whether a path is a folder or a pattern, which only section `[table]` takes."""
-    return path.is_dir() or (any(sign in str(path) for sign in "*?[") and not path.exists())
-
-
-def _first_file(path: Path) -> tuple[Path, dict[str, str]]:
+def _first_file(path: Path) -> tuple[Path, dict[str, str | None]]:
     """Find the first file of the table, and the columns that the names of its folders give."""
-    if not is_many(path):
-        if path.suffix.lower() not in {".csv", ".parquet"}:
-            raise DataError(f"{path}: only .csv and .parquet files are read; export the table as one of them")
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such file; check the path, and that the table was exported")
-        return path, {}
-    if path.is_dir():
-        root, pattern = path, "**/*.parquet"
-    else:
-        root = next(parent for parent in path.parents if not any(sign in str(parent) for sign in "*?["))
-        pattern = str(path.relative_to(root))
-    found = (one.relative_to(root) for one in root.glob(pattern) if one.is_file())
-    files = sorted(one for one in found if not any(part[0] in "._" for part in one.parts))
-    if not files:
-        raise DataError(f"{path}: has no Parquet file; check the path, and that the table was exported")
-    pairs = (part.split("=", 1) for part in files[0].parts[:-1] if "=" in part)
-    return root / files[0], {name: value for name, value in pairs if name}
+    root, files = files_of(path) if is_many(path) else (path.parent, [path])
+    check_file(files[0])
+    return files[0], partition_of(files[0], root)
 
 
 def _separator(path: Path) -> str:
@@ -133,13 +116,6 @@ def _usable(names: list[str]) -> list[str]:
     original = {name: re.sub(r"_duplicated_\d+$", "", name) for name in names}  # as Polars names what stands twice
     often = Counter(original.values())
     return [name for name in names if 0 < len(name) <= _LONGEST_NAME and often[original[name]] == 1]
-
-
-def _plain(series: pl.Series) -> pl.Series:
-    kind = series.dtype
-    if kind.is_decimal() or kind in (pl.Categorical, pl.Enum) or kind.is_temporal():
-        series = series.cast(pl.String)
-    return series.str.strip_chars_end(" ") if series.dtype == pl.String else series
 
 
 def _has_decimal_commas(cells: pl.DataFrame) -> bool:

@@ -116,9 +116,9 @@ def few_shot_draw(
 
     With `min_positives` above 1 the first `k_min` records hold at least that many positives. Such a support is
     selected on its labels: where positives are rarer than `min_positives / k_min`, their share in it is above that of
-    the records it stands for, and a model that takes the support for a plain sample predicts too high. Rankings of
-    the judged records hardly change; log-loss, Brier and calibration do, unless the intercept is corrected by the
-    known share (prior correction: King and Zeng 2001, "Logistic Regression in Rare Events Data", section 4.1).
+    the records it stands for, and a model that takes the support for a plain sample predicts too high. Log-loss, Brier
+    and calibration feel it, and rankings may, unless the intercept is corrected by the known share before the other
+    weights are adapted (prior correction: King and Zeng 2001, "Logistic Regression in Rare Events Data", section 4.1).
 
     Args:
         y: (rows,) labels 0 or 1.

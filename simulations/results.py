@@ -253,8 +253,9 @@ def _pool(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _learned_from(run: RunFolder) -> market_episodes.Learned:
-    raw, y = _pool(run)
-    return market_episodes.Learned(Encoder(run.scenario.columns).encode(_pooled_table(run), str(run.path))[0], raw, y)
+    table, schema, where = _pooled_table(run), run.scenario.columns, str(run.path)
+    raw = baselines.raw_matrix(table, schema).values
+    return market_episodes.Learned(Encoder(schema).encode(table, where)[0], raw, labels(table, schema.label, where))
 
 
 def _pooled_table(run: RunFolder) -> pl.DataFrame:

@@ -53,8 +53,8 @@ def unseen_tasks(scenario: Scenario, frame: pl.DataFrame, where: str = "the tabl
 
     """
     schema, name_of = scenario.columns, scenario.columns.institution
-    tables = split_by_institution(frame, schema, where)
     if not scenario.splits.judges_what_came_later:
+        tables = split_by_institution(frame, schema, where)
         return {name: tables[name] for name in split(scenario, list(tables)).unseen}
     later = _later(scenario, frame)
     found: dict[str, pl.DataFrame] = {}

@@ -16,8 +16,6 @@ import polars as pl
 import pytest
 
 from client.cli import app
-from client.dataset import read_table
-from metarisk_common.errors import DataError
 from metarisk_common.plan import Plan
 
 Call = Callable[..., tuple[int, str, str]]
@@ -166,25 +164,44 @@ def test_a_damaged_cell_is_counted_and_shown(call: Call, tmp_path: Path, kind: s
             assert answer[key] == value
 
 
-@pytest.mark.parametrize("closed", ["file", "folder"])
-@pytest.mark.parametrize("file", ["t.csv", "t.parquet"])
-def test_a_table_that_this_user_may_not_read_is_told(
-    tmp_path_factory: pytest.TempPathFactory, file: str, closed: str
-) -> None:
-    place = tmp_path_factory.mktemp("closed")
-    folder = place / "exports"
-    folder.mkdir()
-    (folder / file).write_bytes(text(*ROWS))
-    (folder / file if closed == "file" else folder).chmod(0)
-    nobody = pwd.getpwnam("nobody").pw_uid
+@pytest.mark.parametrize(
+    ("file", "closed"),
+    [
+        *((file, closed) for file in ("t.csv", "t.parquet", "parts") for closed in (file, ".")),
+        ("parts", "parts/year=2015"),
+    ],
+)
+def test_a_table_that_this_user_may_not_read_is_told(call: Call, tmp_path: Path, file: str, closed: str) -> None:
+    exports = tmp_path / "exports"
+    (exports / "parts" / "year=2015").mkdir(parents=True)
+    (exports / "t.csv").write_bytes(text(*ROWS))
+    frame().write_parquet(exports / "t.parquet")
+    frame().write_parquet(exports / "parts" / "0.parquet")
+    frame().write_parquet(exports / "parts" / "year=2015" / "0.parquet")
+    folder, plan = bank(tmp_path, "t.csv", text(*ROWS))
+    own = f'name = "A"\ndeclared_size = 30\n[policy]\nepsilon = 3.0\ndelta = 1e-5\n[table]\nfile = "exports/{file}"\n'
+    (folder / "institution.toml").write_text(own, encoding="utf-8")
+    shut = exports / closed
+    above = {path: path.stat().st_mode for path in (tmp_path, *tmp_path.parents[:3])}
+    is_root = os.geteuid() == 0
     try:
-        if os.geteuid() == 0:  # who may read everything
-            os.seteuid(nobody)
-        with pytest.raises(DataError, match=rf"{file}: may not be read by this user|{file}: can't be read"):
-            read_table(folder / file)
+        if is_root:  # who may read everything: be nobody, to whom the way there is open
+            for path, mode in above.items():
+                path.chmod(mode | 0o055)
+            shut.chmod(0)
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)
+        else:
+            shut.chmod(0)
+        checked = call(app, "check", folder, "--plan", plan)
+        proposed = call(app, "init", tmp_path / "new", "--from", exports / file, "--plan", plan, "--yes")
     finally:
         os.seteuid(os.getuid())
-        folder.chmod(0o755)
+        shut.chmod(0o755)
+        for path, mode in above.items() if is_root else ():
+            path.chmod(mode)
+    for code, _, err in (checked, proposed):
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "may not be read by this user" in err
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(call: Call, tmp_path: Path) -> None:

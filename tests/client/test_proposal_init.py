@@ -239,3 +239,14 @@ def test_a_person_sees_it_and_decides(
     assert "APPR_AMT_USD" in out
     assert (code, "nothing was made" in out) == ((0, False) if made else (1, True)), out
     assert (here / "bank").is_dir() == made
+
+
+def test_a_sample_spells_the_names_of_folders_and_dates_as_an_order_reads_them(here: Path) -> None:
+    own = pl.DataFrame({"amount": ["1", "2"], "opened": ["2020-01-31", "2020-02-01"]})
+    place = here / "parts" / "sector=real%20estate" / "region=__HIVE_DEFAULT_PARTITION__"
+    place.mkdir(parents=True)
+    own.with_columns(pl.col("opened").str.to_datetime("%Y-%m-%d")).write_parquet(place / "0.parquet")
+    cells = table_sample(here / "parts").cells
+    assert cells["sector"].to_list() == ["real estate", "real estate"]
+    assert cells["region"].null_count() == 2
+    assert cells["opened"][0].startswith("2020-01-31 00:00:00")
