@@ -1,9 +1,12 @@
 """Adapting a run's initialization to a few labelled records of the bank. What comes out stays inside the bank.
 
-The labels are k records drawn at random, so that they have the portfolio's own share of positives. Besides the model,
-`DRAWS` adaptations to random halves of the same labels are kept: a mean over half of the records, drawn without
-replacement, varies from draw to draw as much as one over all of them varies from sample to sample (balanced half
-samples, McCarthy 1969), so they show which of a model's reasons would have been others with other labels.
+The labels are k records drawn at random from the table. Where that was filled with an eye on the outcome, so that it
+has not the portfolio's own share of positives, a base rate says what that is (`metarisk_common.prior_correction`).
+
+Besides the model, `DRAWS` adaptations to random halves of the same labels are kept: a mean over half of the records,
+drawn without replacement, varies from draw to draw as much as one over all of them varies from sample to sample
+(balanced half samples, McCarthy 1969), so they show which of a model's reasons would have been others with other
+labels.
 """
 
 import hashlib
@@ -21,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 
 from metarisk_common.adaptation import DEFAULT_TAU2
-from metarisk_common.adapters import METHODS, PRIOR_SHARE, Adapted, adapt_params
+from metarisk_common.adapters import METHODS, PRIOR_SHARE, Adapted
 from metarisk_common.config import validate
 from metarisk_common.errors import ConfigError, DataError, IntegrityError
 from metarisk_common.features import Encoder
@@ -30,6 +33,7 @@ from metarisk_common.manifest import JOURNAL_FILE, PARAMS_FILE, STAMP
 from metarisk_common.params import Params
 from metarisk_common.plan import Plan
 from metarisk_common.prior import LearnedPrior
+from metarisk_common.prior_correction import adapt_selected, offset
 
 from .artifacts import Labels, Method, Model, ModelManifest, Origin, check_name, data_fingerprint, write_model
 from .config import Institution
@@ -63,7 +67,8 @@ class Choice:
     """How to adapt.
 
     `k`: labelled records, None for all; `segment`: of which the records are, None for any; `seed`: chooses the records,
-    None for one from the operating system, which is recorded.
+    None for one from the operating system, which is recorded; `base_rate`: the true share of positives where the
+    table's is another, None where the table is a plain sample.
     """
 
     k: int | None
@@ -71,16 +76,21 @@ class Choice:
     segment: str | None = None
     seed: int | None = None
     points: PointScale = field(default_factory=PointScale)
+    base_rate: float | None = None
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """`x`: (k, width) and `y`: (k,) labelled records, of `available`; `left_out` rows of the table did not fit."""
+    """`x`: (k, width) and `y`: (k,) labelled records, of `available`; `left_out` rows of the table did not fit.
+
+    `share`: of positives among the available ones, of which the k are a random part.
+    """
 
     x: np.ndarray
     y: np.ndarray
     available: int
     left_out: int
+    share: float = 0.0
 
 
 def read_start(export: Path, key: Path | None) -> Start:
@@ -131,13 +141,16 @@ def adapt_model(
     chosen = _choose(institution, start.plan, choice, data, seed, encoder.width)
     prior = None if start.prior is None else start.prior.variances(encoder.groups)
     total = 1 + DRAWS
-    adapted = adapt_params(start.plan.model, start.params, chosen.x, chosen.y, method=choice.method, prior=prior)
+    by = _offset(choice.base_rate, chosen)
+    adapted = adapt_selected(
+        start.plan.model, start.params, chosen.x, chosen.y, by=by, method=choice.method, prior=prior
+    )
     draws = []
     for number in range(DRAWS):
         if on_draw is not None:
             on_draw(number + 1, total)
         order = _shuffled(len(chosen.y), seed, "half", number)[: (len(chosen.y) + 1) // 2]
-        draws.append(_again(start, adapted, chosen.x[order], chosen.y[order], prior))
+        draws.append(_again(start, adapted, chosen.x[order], chosen.y[order], prior, by))
     manifest = ModelManifest(
         name=title,
         institution=institution.config.name,
@@ -160,6 +173,8 @@ def adapt_model(
             prior="constant" if start.prior is None else "learned",
             learned_prior=None if start.prior is None else start.prior.to_json(),
             prior_variance=DEFAULT_TAU2,
+            base_rate=choice.base_rate,
+            offset=by,
         ),
         points=choice.points,
         draws=len(draws),
@@ -239,6 +254,10 @@ def _check(choice: Choice, start: Start) -> None:
             "--method prior: the run has learned no prior, or came without its journal; say --method auto, or ask the "
             "operator for an export of a run whose plan says learn_prior"
         )
+    if choice.base_rate is not None and not 0 < choice.base_rate < 1:
+        raise ConfigError("--base-rate: must lie between 0 and 1, as 0.01 for one record in a hundred")
+    if choice.base_rate is not None and choice.k == 0:
+        raise ConfigError("--base-rate corrects what labels have taught, and --k 0 asks for none; leave it out")
     if choice.segment is not None and start.plan.data.segment is None:
         raise ConfigError("--segment: the plan's schema names no segment column; leave it out")
 
@@ -266,7 +285,18 @@ def _choose(institution: Institution, plan: Plan, choice: Choice, data: Path | N
     if k > len(rows):
         raise DataError(f"{path}: has {len(rows)} labelled records{of}, fewer than --k {k}; say --k all for all")
     picked = rows[_shuffled(len(rows), seed, "labels")[:k]]
-    return _Chosen(dataset.x[picked], dataset.y[picked], len(rows), dataset.dropped)
+    return _Chosen(dataset.x[picked], dataset.y[picked], len(rows), dataset.dropped, float(dataset.y[rows].mean()))
+
+
+def _offset(base_rate: float | None, chosen: _Chosen) -> float:
+    if base_rate is None:
+        return 0.0
+    if not 0 < chosen.share < 1:
+        raise DataError(
+            "--base-rate: all labelled records have one outcome, so nothing says how they were selected; leave it out, "
+            "or add records of the other outcome"
+        )
+    return offset(chosen.share, base_rate)
 
 
 def _shuffled(count: int, seed: int, *labels: str | int) -> np.ndarray:
@@ -274,7 +304,7 @@ def _shuffled(count: int, seed: int, *labels: str | int) -> np.ndarray:
     return np.argsort(SecureRandom.seeded(seed, "adapt", *labels).normal(count, 1.0), kind="stable")
 
 
-def _again(start: Start, adapted: Adapted, x: np.ndarray, y: np.ndarray, prior: np.ndarray | None) -> Params:
+def _again(start: Start, adapted: Adapted, x: np.ndarray, y: np.ndarray, prior: np.ndarray | None, by: float) -> Params:
     """Adapt to a draw in the way that was chosen for all labels: what is judged is the model, not the choice."""
     variance = DEFAULT_TAU2
     if adapted.method in {"head", "prox"} and adapted.strength:
@@ -282,7 +312,7 @@ def _again(start: Start, adapted: Adapted, x: np.ndarray, y: np.ndarray, prior: 
     if adapted.method == "prior" and adapted.strength and prior is not None:
         prior = prior / (adapted.strength * PRIOR_SHARE)
     spec = start.plan.model
-    again = adapt_params(spec, start.params, x, y, method=adapted.method, prior_variance=variance, prior=prior)
+    again = adapt_selected(spec, start.params, x, y, by=by, method=adapted.method, prior_variance=variance, prior=prior)
     return _doubles(again.params)
 
 

@@ -86,6 +86,10 @@ class Method(Frozen):
     prior: Literal["constant", "learned"]
     learned_prior: dict[str, Any] | None = None
     prior_variance: float
+    base_rate: float | None = Field(default=None, gt=0, lt=1)
+    """The true share of positives, where the labels were selected and do not have it."""
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    """By how much log odds among the labels lie above the true ones; taken out of the model."""
 
 
 class ModelManifest(Frozen):

@@ -44,6 +44,10 @@ def adapt(  # noqa: PLR0913, PLR0917 - an option each
     k: Annotated[str, typer.Option(metavar="N|all", help="Labelled records, drawn at random; 0 for none.")] = ALL,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "auto",
     segment: Annotated[str | None, typer.Option(help="Only records of this segment.")] = None,
+    base_rate: Annotated[
+        float | None,
+        typer.Option(help="The true share of the bad outcome, where the labels were chosen with an eye on it: 0.01."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="The model's name, before its number; by default the plan's.")
     ] = None,
@@ -57,7 +61,7 @@ def adapt(  # noqa: PLR0913, PLR0917 - an option each
 
     The model carries no DP claim: it is for use inside the bank, and no command sends it anywhere.
     """
-    choice = Choice(_count(k), method, segment, seed, _scale(base_score, base_odds, pdo))
+    choice = Choice(_count(k), method, segment, seed, _scale(base_score, base_odds, pdo), base_rate)
     institution, start = load_institution(folder), read_start(export, key)
     with progress_bar("adapting", quiet=as_json) as on_draw:
         model = adapt_model(institution, start, choice, data=data, name=name, on_draw=on_draw)
@@ -173,6 +177,11 @@ def _adapted_lines(model: Model) -> list[str]:
     ]
     if labels.left_out:
         lines.append(f"{labels.left_out} rows of the table were left out; `metarisk-client check` tells why")
+    if method.base_rate is not None:
+        lines.append(
+            f"the labels stand for a share of {method.base_rate:.2%}, as --base-rate says: {method.offset:+.2f} in log "
+            "odds was taken out"
+        )
     if labels.k > 0 and labels.positives in {0, labels.k}:
         lines.append("all labels are the same: the model has learned a rate from them, and hardly an order")
     if origin.not_private:

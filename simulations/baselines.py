@@ -17,10 +17,11 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from metarisk_common.adaptation import DEFAULT_TAU2
-from metarisk_common.adapters import adapt_params, predict
-from metarisk_common.evaluation import Predictor
+from metarisk_common.adapters import predict
+from metarisk_common.evaluation import Method, Predictor
 from metarisk_common.params import Params
 from metarisk_common.plan import ModelSpec
+from metarisk_common.prior_correction import adapt_selected, corrected, offset
 from metarisk_common.schema import CategoricalColumn, NumericColumn, Schema
 from metarisk_common.table import categories, numbers, require_columns
 
@@ -158,7 +159,8 @@ def pooled_lightgbm(raw: Matrix, y: Matrix, *, trees: int = 200) -> Pooled:
 class ModelInitialization:
     """Parameters learned from the training institutions, adapted to the k labels; k = 0 is the parameters themselves.
 
-    `method`, `prior_variance` and `prior` as in `adapters.adapt_params`.
+    `method`, `prior_variance` and `prior` as in `adapters.adapt_params`; `base_rate`: the share of positives that the
+    labels stand for where theirs is another, None where they are a plain sample.
     """
 
     name: str
@@ -167,14 +169,55 @@ class ModelInitialization:
     method: str = "auto"
     prior_variance: float = DEFAULT_TAU2
     prior: Matrix | None = None
+    base_rate: float | None = None
     needs_support: ClassVar[bool] = False
 
     def fit(self, x: Matrix, _raw: Matrix, y: Matrix) -> Predictor:
         """Adapt to `x: (k, width)`."""
-        adapted = adapt_params(
-            self.spec, self.params, x, y, method=self.method, prior_variance=self.prior_variance, prior=self.prior
+        adapted = adapt_selected(
+            self.spec,
+            self.params,
+            x,
+            y,
+            by=_offset(y, self.base_rate),
+            method=self.method,
+            prior_variance=self.prior_variance,
+            prior=self.prior,
         )
         return partial(_predict, self.spec, adapted.params)
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A local method whose labels were selected: its probabilities are moved to the base rate, which ranks nothing."""
+
+    method: Method
+    base_rate: float
+
+    @property
+    def name(self) -> str:
+        """The method's own."""
+        return self.method.name
+
+    @property
+    def needs_support(self) -> bool:
+        """As the method says."""
+        return self.method.needs_support
+
+    def fit(self, x: Matrix, raw: Matrix, y: Matrix) -> Predictor:
+        """Fit the method, and take out of its log odds what the selection has put there."""
+        predictor, by = self.method.fit(x, raw, y), _offset(y, self.base_rate)
+
+        def predict(x: Matrix, raw: Matrix) -> Matrix:
+            return corrected(predictor(x, raw), by)
+
+        return predict
+
+
+def _offset(y: Matrix, base_rate: float | None) -> float:
+    share = float(np.mean(y)) if len(y) else 0.0
+    # Labels of one outcome say nothing of how they were selected.
+    return 0.0 if base_rate is None or not 0 < share < 1 else offset(share, base_rate)
 
 
 def _predict(spec: ModelSpec, params: Params, x: Matrix, _raw: Matrix) -> Matrix:

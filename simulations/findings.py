@@ -56,7 +56,8 @@ class Metrics(TypedDict):
     """The content of a run's `metrics.json`; in `summary`: method, then k as text.
 
     `field`: whose yardstick was used, credit where absent; `judged`: "tasks" where institutions that took part are
-    judged too, on records that nobody learned from; `min_positives`: what a support was selected to hold.
+    judged too, on records that nobody learned from; `min_positives`: what a support was selected to hold;
+    `base_rate`: the share of positives to which all that learned from such supports was corrected.
     """
 
     ks: Sequence[int]
@@ -69,6 +70,7 @@ class Metrics(TypedDict):
     field: NotRequired[Field]
     judged: NotRequired[Literal["institutions", "tasks"]]
     min_positives: NotRequired[int]
+    base_rate: NotRequired[float]
 
 
 @dataclass(frozen=True)

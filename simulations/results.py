@@ -176,6 +176,8 @@ def measure(
         metrics["judged"] = "tasks"
     if evaluation.min_positives > 1:
         metrics["min_positives"] = evaluation.min_positives
+    if evaluation.base_rate is not None:
+        metrics["base_rate"] = evaluation.base_rate
     return Results(scores, metrics, main)
 
 
@@ -218,7 +220,10 @@ def _methods(
         described[names[key]] = {"title": titles[key], "kind": "federated", "private": private and key != "no-dp"}
     if not run.scenario.evaluation.baselines:
         return methods, described
+    base_rate = run.scenario.evaluation.base_rate
     for method, title, kind in _rivals(run, judged):
+        if base_rate is not None and kind == "local":
+            method = baselines.Corrected(method, base_rate)  # noqa: PLW2901 - the same method, corrected
         methods.append(method)
         described[method.name] = {"title": title, "kind": kind, "private": False}
     return methods, described
@@ -243,7 +248,7 @@ def _initialization(run: RunFolder, name: str, params: Params) -> Method:
     if evaluation.adaptation == "prior" and prior is None:
         raise ConfigError(f'{run.path}: adaptation = "prior" needs a scorecard, and a plan that learns a prior')
     return baselines.ModelInitialization(
-        name, run.plan.model, params, evaluation.adaptation, evaluation.prior_variance, prior
+        name, run.plan.model, params, evaluation.adaptation, evaluation.prior_variance, prior, evaluation.base_rate
     )
 
 

@@ -133,6 +133,8 @@ class Evaluation(Frozen):
     """Whose measures and words are used; see `metarisk_common.yardsticks`."""
     min_positives: int = Field(default=1, ge=1)
     """Positives that the smallest support holds at least; see `metarisk_common.tasks.few_shot_draw`."""
+    base_rate: float | None = Field(default=None, gt=0, lt=1)
+    """Public share of positives that labels so selected stand for: every method is corrected to it where given."""
     amount: str | None = None
     """Column of what is at stake, for the value captured."""
     day: str | None = None
@@ -189,6 +191,8 @@ class Scenario(Frozen):
     def _check(self) -> Self:
         if self.training.task == "segment" and not self.columns.segments:
             raise ValueError('training.task = "segment" needs schema.segment and the public list schema.segments')
+        if self.columns.regression and self.evaluation.base_rate is not None:
+            raise ValueError("evaluation.base_rate is a share of positives, and the label is a number: leave it out")
         if self.columns.regression and self.evaluation.day is not None and self.evaluation.embargo is None:
             raise ValueError(
                 "evaluation.embargo is missing: the label is a number and evaluation.day says when a record is of, so "

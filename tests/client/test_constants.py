@@ -183,3 +183,18 @@ def test_the_command_asks_and_prints_what_may_be_published(tmp_path: Path, call:
 def test_a_request_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="--epsilon"):
         request_for(schema(), (), epsilon=float("inf"), delta=1e-6)
+
+
+def test_the_upper_bound_itself_is_in_the_last_cell() -> None:
+    request = Request(columns=schema().columns[1:2], noise_multiplier=1e-300, grid=8)
+    one = pl.DataFrame({"age": [100, 100, 0, 5_000]})
+    found = noised_counts(one, request, SecureRandom.seeded(1))["age"]
+    assert found.round(6).tolist() == [1, 0, 0, 0, 0, 0, 0, 3]
+
+
+def test_the_shares_of_bins_on_a_logarithmic_scale_are_those_of_their_records() -> None:
+    income = schema().columns[0]
+    assert isinstance(income, NumericColumn)
+    edges, shares = quantile_bins(income, np.full(300, 10.0), 3)
+    assert edges == (10_000, 100_000)
+    assert shares == pytest.approx((1 / 3, 1 / 3, 1 / 3), abs=2e-4)

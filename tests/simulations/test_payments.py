@@ -164,3 +164,12 @@ def test_customers_of_different_banks_are_different_and_stay_in_their_segments_p
     ends = dict(zip(payments_patterns.PERIODS, payments_patterns.PERIOD_ENDS, strict=True))
     last = frame.group_by(pl.col("segment").str.tail(7)).agg(pl.col("day").max())
     assert all(day < ends[period] for period, day in last.iter_rows())
+
+
+def test_fraudsters_learn_to_hide(frame: pl.DataFrame) -> None:
+    # A lost card is tapped in three of four frauds at first, and by its drift in less than two of three in 2025.
+    own = frame.filter(pl.col("fraud_scenario") == "lost_and_stolen")
+    early, late = (own.filter(pl.col("segment").str.ends_with(half)) for half in ("2024-H1", "2025-H1"))
+    tapped = [float(np.mean((part["authentication"] == "contactless").to_numpy())) for part in (early, late)]
+    assert min(early.height, late.height) > 100
+    assert tapped[1] < tapped[0] - 0.05
