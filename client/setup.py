@@ -56,13 +56,13 @@ class Answers:
     """What a bank has decided.
 
     `data` is a path as the person gave it, relative to where the command runs: a file, or a folder or pattern of
-    Parquet files. `ca`: the operator's certificate authority, as `read_ca` gave it; it comes with `server`, host and
-    port, or neither. `table` says how the table at `data` is read where it is in the bank's own words, and `pairs`
-    what was proposed of it.
+    Parquet files; None where `table` says where the table is. `ca`: the operator's certificate authority, as `read_ca`
+    gave it; it comes with `server`, host and port, or neither. `table` says where a table in the bank's own words is
+    and how it is read, its paths relative as `data` would be, and `pairs` what was proposed of it.
     """
 
     name: str
-    data: Path
+    data: Path | None
     declared_size: int
     epsilon: float
     delta: float
@@ -261,7 +261,7 @@ def lay_out(folder: Path, answers: Answers) -> LaidOut:
     check_epsilon(answers.epsilon)
     config = validate(_values(place, answers), InstitutionConfig, where=str(folder / CONFIG_FILE))
     check_delta(answers.delta, answers.declared_size)
-    if answers.table is None:
+    if answers.data is not None:
         check_data(answers.data)
     try:
         with _draft(place) as draft:
@@ -325,10 +325,17 @@ def _values(place: Path, answers: Answers) -> dict[str, Any]:
 
 
 def _table_values(place: Path, answers: Answers) -> dict[str, Any]:
+    if answers.data is None:
+        return {} if answers.table is None else {"table": table_from(answers.table, place)}
     path = path_from(answers.data, place)
-    if answers.table is not None:
-        return {"table": answers.table.model_copy(update={"file": path})}
     return {"table": {"file": path}} if is_many(answers.data) else {"data": path}
+
+
+def table_from(table: TableSection, place: Path) -> TableSection:
+    """Write a section's paths, of the table or of a database's URL, as the configuration at `place` wants them."""
+    paths = {"file": table.file, "url_file": table.url_file}
+    update = {name: path_from(Path(path), place) for name, path in paths.items() if path is not None}
+    return table.model_copy(update=update)
 
 
 def path_from(data: Path, place: Path) -> str:

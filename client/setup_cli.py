@@ -25,7 +25,7 @@ from .ledger import Ledger
 from .ledger_cli import AsJson, print_table
 from .node_key import old_path, read_public, rotate
 from .plain_words import delta_text, epsilon_text, remaining, remaining_text
-from .proposal_cli import Asked, Proposed, proposal_of
+from .proposal_cli import Asked, Place, Proposed, proposal_of
 from .statement_page import bounded, plain
 
 Folder = Annotated[Path, typer.Argument(help="The bank's folder.")]
@@ -44,7 +44,15 @@ def init(  # noqa: PLR0913, PLR0917 - an option each
     source: Annotated[
         Path | None, typer.Option("--from", help="Instead of --data: a table in your own words; needs --plan.")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="With --from: the plan whose columns are looked for.")] = None,
+    url_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of --from: the variable that holds a database's URL.")
+    ] = None,
+    url_file: Annotated[
+        Path | None, typer.Option(help="Or the file that holds it, which only you may read (chmod 600).")
+    ] = None,
+    table: Annotated[str | None, typer.Option(help="In the database, as name or schema.name.")] = None,
+    query: Annotated[str | None, typer.Option(help="Instead of --table: one SELECT.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="With one of these: the plan whose columns are looked for.")] = None,
     declared_size: Annotated[
         int | None, typer.Option(min=1, help="Public and rounded: how many records the bank says that it has.")
     ] = None,
@@ -58,16 +66,17 @@ def init(  # noqa: PLR0913, PLR0917 - an option each
 ) -> None:
     """Make a bank's folder: its configuration, its node's key, and its privacy ledger with the budget in it.
 
-    With --from and --plan, propose first which of your own columns and codes are the plan's, and ask; in a folder that
-    is there already, this changes the table alone. --json without --yes shows the proposal and makes nothing.
+    With --plan and --from, or a database, propose first which of your own columns and codes are the plan's, and ask; in
+    a folder that is there already, this changes the table alone. --json without --yes shows the proposal and makes
+    nothing.
     """
-    found = proposal_of(folder, source, data, plan, Asked(yes=yes, as_json=as_json))
-    data = data if source is None else source
+    place = Place(source, url_env, url_file, table, query)
+    found = proposal_of(folder, place, data, plan, Asked(yes=yes, as_json=as_json))
     setup.check_place(folder)
     asks = sys.stdin.isatty() and not (yes or as_json)
     if name is None:
         name = _answer("--name", "The other parties read it in every report.", str, asks=asks)
-    if data is None:
+    if data is None and found is None:
         data = _answer("--data", _DATA_LINE, setup.table_at, asks=asks)
     if declared_size is None:
         line = "Public: a rounded number of records, never the exact count."

@@ -9,7 +9,7 @@ import decimal
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -64,6 +64,31 @@ def database_rows(folder: Path, table: TableSection, where: str) -> int:
     """
     with _connected(folder, table, where) as connection:
         return int(connection.execute(sa.select(sa.func.count()).select_from(_source(table))).scalar_one())
+
+
+def database_head(folder: Path, table: TableSection, rows: int, where: str) -> pl.DataFrame:
+    """Read some rows of a database's table or query with all columns that have cells; none in its order.
+
+    Left out are columns of lists, structures and binary values, and those whose name stands twice.
+
+    Raises:
+        ConfigError: as for `database_batches`.
+        DataError: likewise.
+
+    """
+    with _connected(folder, table, where) as connection:
+        source = _source(table)
+        found = list(connection.execute(sa.select(sa.text("*")).select_from(source).limit(0)).keys())
+        names = [name for name in found if found.count(name) == 1]
+        chosen = source if table.query is None else _query(table, tuple(names)).subquery("metarisk_rows")
+        kinds = _kinds(connection, table)
+        statement = sa.select(*(_column(chosen, name, kinds) for name in names)).select_from(chosen).limit(rows)
+        cells = list(zip(*connection.execute(statement).all(), strict=True)) or [() for _ in names]
+    series = []
+    for name, column in zip(names, cells, strict=True):
+        with suppress(DataError):
+            series.append(_series(name, list(column), where))
+    return pl.DataFrame(series)
 
 
 @contextmanager

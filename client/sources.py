@@ -107,6 +107,19 @@ def source_batches(
             yield _named(frame, reading)
 
 
+def database_sample(folder: Path, table: TableSection, rows: int) -> pl.DataFrame:
+    """Read some rows of a table in a database under the bank's own names, all columns of it.
+
+    Raises:
+        DataError: the database cannot be reached or read; nothing of its address or content is repeated.
+
+    """
+    from .source_sql import database_head  # noqa: PLC0415 - as above
+
+    cells = database_head(folder, table, rows, table.title)
+    return cells.select(map(plain_cells, cells.get_columns()))
+
+
 def join_batches(batches: list[pl.DataFrame]) -> pl.DataFrame:
     """Put batches below each other; a column that is of several kinds becomes numbers, or else text."""
     batches = [batch for batch in batches if batch.height] or batches[:1]

@@ -15,10 +15,10 @@ from polars.exceptions import PanicException, PolarsError
 from metarisk_common.config import validate
 from metarisk_common.errors import DataError
 
+from . import sources
 from .source_config import TableSection
 from .source_csv import csv_blocks
 from .source_files import check_file, files_of, is_many, partition_of
-from .sources import plain_cells
 
 SAMPLE_ROWS: Final = 5_000
 _BLOCK_BYTES: Final = 1 << 20
@@ -35,6 +35,22 @@ class Sample:
 
     section: TableSection
     cells: pl.DataFrame
+
+
+def database_sample(folder: Path, section: TableSection, rows: int = SAMPLE_ROWS) -> Sample:
+    """Read some rows of a database's table or query, in no order.
+
+    Args:
+        folder: the bank's, from which a relative `url_file`, and SQLite's file, are named; it need not be there yet.
+        section: where the table is.
+        rows: how many rows to look at, at most.
+
+    Raises:
+        ConfigError: the URL is not there, or its file is open to others.
+        DataError: the database cannot be read, or the table has fewer than two columns or no rows.
+
+    """
+    return Sample(section, _enough(sources.database_sample(folder, section, rows), section.title))
 
 
 def table_sample(path: Path, rows: int = SAMPLE_ROWS) -> Sample:
@@ -68,9 +84,7 @@ def table_sample(path: Path, rows: int = SAMPLE_ROWS) -> Sample:
         message = f"{first}: can't be read as a table; it may be cut short or of another format: export it again"
     if message:
         raise DataError(message) from None
-    cells = cells.select(plain_cells(cells[name]) for name in _usable(cells.columns))
-    if cells.width < 2 or not cells.height:  # noqa: PLR2004 - a label and an input
-        raise DataError(f"{path}: has fewer than two columns, or no rows; check the header and the separator")
+    cells = _enough(cells.select(sources.plain_cells(series) for series in cells.get_columns()), str(path))
     comma = separator != "," and _has_decimal_commas(cells)
     if comma:
         swapped = pl.col(pl.String).str.contains(_COMMA_NUMBER)
@@ -116,6 +130,13 @@ def _usable(names: list[str]) -> list[str]:
     original = {name: re.sub(r"_duplicated_\d+$", "", name) for name in names}  # as Polars names what stands twice
     often = Counter(original.values())
     return [name for name in names if 0 < len(name) <= _LONGEST_NAME and often[original[name]] == 1]
+
+
+def _enough(cells: pl.DataFrame, where: str) -> pl.DataFrame:
+    cells = cells.select(_usable(cells.columns))
+    if cells.width < 2 or not cells.height:  # noqa: PLR2004 - a label and an input
+        raise DataError(f"{where}: has fewer than two columns, or no rows; check the header and the separator")
+    return cells
 
 
 def _has_decimal_commas(cells: pl.DataFrame) -> bool:

@@ -3,13 +3,8 @@
 
 import datetime as dt
 import logging
-import os
-import pwd
 import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -107,37 +102,10 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def postgresql() -> Iterator[tuple[str, str]]:
-    programs = [shutil.which(name) for name in ("initdb", "pg_ctl", "postgres")]
-    if None in programs:
-        pytest.skip("PostgreSQL is not installed: initdb, pg_ctl and postgres must be in PATH")
-    pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
-    root = os.geteuid() == 0
-    who: dict[str, Any] = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []} if root else {}
-    with tempfile.TemporaryDirectory(prefix="mr-") as place:  # A socket's path must be short, and nobody's own.
-        folder = Path(place)
-        (folder / "password").write_text(SECRET)
-        if root:
-            for path in (folder, folder / "password"):
-                shutil.chown(path, "nobody", who["group"])
-
-        def run(*command: str) -> None:
-            subprocess.run(command, check=True, cwd=place, stdout=subprocess.DEVNULL, timeout=60, **who)
-
-        data = f"{place}/data"
-        try:
-            options = f"-U bank --auth=scram-sha-256 --pwfile={place}/password -N -E UTF8"
-            run("initdb", "-D", data, *options.split())
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"PostgreSQL cannot be set up by this user: {type(error).__name__}")
-        options = f"-c listen_addresses='' -c unix_socket_directories={place} -c fsync=off"
-        run("pg_ctl", "-D", data, "-w", "-o", options, "-l", f"{place}/log", "start")
-        url = f"postgresql+psycopg://bank:{SECRET}@/postgres?host={place}"
-        try:
-            fill(sa.create_engine(url, poolclass=sa.pool.NullPool), "My-risk")
-            yield url, "My-risk.Loans"
-        finally:
-            run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+def postgresql(postgresql_url: str) -> tuple[str, str]:
+    assert SECRET in postgresql_url
+    fill(sa.create_engine(postgresql_url, poolclass=sa.pool.NullPool), "My-risk")
+    return postgresql_url, "My-risk.Loans"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -11,7 +11,16 @@ from metarisk_common.params import Params
 from simulations import sinusoids
 from simulations.cli import app
 from simulations.sinusoids import MAML, REPTILE, errors, gradient_of, outputs, start
-from simulations.verify_cli import CONTROL_KNOWN, MAML_KNOWN, REPTILE_KNOWN, Known, judged
+from simulations.verify_cli import (
+    CONTROL_KNOWN,
+    MAML_KNOWN,
+    MAML_QUICK_KNOWN,
+    REPTILE_KNOWN,
+    Figure,
+    Known,
+    judged,
+    pooled,
+)
 
 
 def test_reptile_learns_to_adapt_and_joint_training_on_the_same_tasks_does_not() -> None:
@@ -70,6 +79,30 @@ def test_a_figure_that_disagrees_fails_on_either_side() -> None:
     assert not judged(below, 1.68, 0.1).passed
 
 
+def of_trainings(known: Known, *errors: float, half: float = 0.01) -> Figure:
+    (figure,) = pooled([[judged(known, error, half)] for error in errors])
+    return figure
+
+
+def test_trainings_are_judged_by_their_mean_and_their_own_spread() -> None:
+    known = REPTILE_KNOWN[2]
+    found = of_trainings(known, 0.10, 0.12, 0.21, 0.18, 0.24)
+    assert found.passed
+    assert (found.measured, found.half) == pytest.approx((0.17, 2.7764 * np.sqrt(0.0035 / 5)), rel=1e-3)
+    assert found.trainings == (0.10, 0.12, 0.21, 0.18, 0.24)
+    assert not of_trainings(known, 0.20, 0.22, 0.21, 0.20, 0.21).passed
+    assert not of_trainings(known, 0.05, 0.06, 0.05, 0.06, 0.05).passed
+    # As near as one training's tasks let it be said.
+    assert of_trainings(known, 0.16, 0.16, 0.16, half=0.02).passed
+
+
+def test_one_training_in_which_the_control_learns_or_maml_does_not_is_enough_to_fail() -> None:
+    assert of_trainings(CONTROL_KNOWN[0], 4.3, 4.2, 4.4, half=0.3).passed
+    assert not of_trainings(CONTROL_KNOWN[0], 4.3, 4.2, 4.4, 0.2, half=0.3).passed
+    assert of_trainings(MAML_QUICK_KNOWN[1], 0.3, 0.2, 0.4).passed
+    assert not of_trainings(MAML_QUICK_KNOWN[1], 0.3, 0.2, 0.4, 1.7).passed
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_set_up_in_which_the_control_learns_is_wrong(*, monkeypatch: pytest.MonkeyPatch, learns: bool) -> None:
     known = {item.steps: (item.low + item.high) / 2 for item in REPTILE_KNOWN}
@@ -85,6 +118,7 @@ def test_a_set_up_in_which_the_control_learns_is_wrong(*, monkeypatch: pytest.Mo
         return {step: sinusoids.Error(values[step], 0.01) for step in steps}
 
     monkeypatch.setattr(sinusoids, "errors", found)
+    assert CliRunner().invoke(app, ["verify", "--trainings", "1"]).exit_code == (1 if learns else 0)
     result = CliRunner().invoke(app, ["verify", "--json"])
     assert result.exit_code == (1 if learns else 0)
     figures = json.loads(result.stdout)["figures"]
