@@ -98,7 +98,9 @@ def test_trainings_are_judged_by_their_mean_and_their_own_spread() -> None:
 
 def test_one_training_in_which_the_control_learns_or_maml_does_not_is_enough_to_fail() -> None:
     assert of_trainings(CONTROL_KNOWN[0], 4.3, 4.2, 4.4, half=0.3).passed
-    assert not of_trainings(CONTROL_KNOWN[0], 4.3, 4.2, 4.4, 0.2, half=0.3).passed
+    assert of_trainings(CONTROL_KNOWN[0], 4.3, 4.2, 4.4, 3.9, half=0.3).passed
+    assert not of_trainings(CONTROL_KNOWN[0], 4.3, 4.2, 4.4, 3.2, 0.2, half=0.3).passed
+    assert not of_trainings(CONTROL_KNOWN[0], 4.6, 4.5, 4.4, 3.2, half=0.3).passed
     assert of_trainings(MAML_QUICK_KNOWN[1], 0.3, 0.2, 0.4).passed
     assert not of_trainings(MAML_QUICK_KNOWN[1], 0.3, 0.2, 0.4, 1.7).passed
 
