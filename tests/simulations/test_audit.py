@@ -173,7 +173,8 @@ def test_the_seed_decides_the_coins_and_nothing_else(tmp_path: Path) -> None:
     )
     assert np.array_equal(one.copies, two.copies)
     assert not np.array_equal(one.copies, other.copies)
-    assert not np.any(one.values == two.values)
+    # At the audit's long weights float32 is coarse, so that two draws of noise may round alike; of one seed all would.
+    assert np.sum(one.values == two.values) <= 3
 
 
 @pytest.mark.parametrize(
