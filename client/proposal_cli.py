@@ -58,12 +58,12 @@ class Place:
             raise ConfigError(f"{urls[0]}: needs one of --table and --query: what to read in the database")
         if self.file is not None:
             return table_sample(self.file)
-        # A path on the command line is from where the command runs, one in the configuration from the folder.
-        file = None if self.url_file is None else str(self.url_file.absolute())
+        file = None if self.url_file is None else str(self.url_file)
         values = {"url_env": self.url_env, "url_file": file, "table": self.table, "query": self.query}
-        found = database_sample(folder, validate(values, TableSection, where="init"))
-        kept = {} if file is None else {"url_file": str(self.url_file)}
-        return Sample(found.section.model_copy(update=kept), found.cells)
+        section = validate(values, TableSection, where="init")
+        # A path on the command line is from where the command runs, one in the configuration from the folder.
+        here = {} if file is None else {"url_file": str(Path(file).absolute())}
+        return Sample(section, database_sample(folder, section.model_copy(update=here)))
 
 
 @dataclass(frozen=True)

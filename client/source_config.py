@@ -3,9 +3,11 @@
 import datetime as dt
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from metarisk_common.config import Frozen, toml_text
+
+from .source_files import is_address
 
 Scalar = bool | int | float | str | dt.date
 """What a cell is compared with, or is constant at; a date means its text, 2020-12-31."""
@@ -17,6 +19,13 @@ _TAKEN = ('"', "\n", "\r", ".")
 def _as_list(value: object) -> object:
     """Take one value for a list of one."""
     return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _no_address(path: str) -> str:
+    """Refuse a database's URL where its file's path belongs: a path stands in messages, and a password must not."""
+    if is_address(path):
+        raise ValueError("names the file that holds the database's URL; the URL itself must not stand here")
+    return path
 
 
 _Some = Annotated[
@@ -34,9 +43,9 @@ class TableSection(Frozen):
 
     file: _Name | None = None
     url_env: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    url_file: _Name | None = None
+    url_file: Annotated[_Name, AfterValidator(_no_address)] | None = None
     table: _Name | None = None
-    query: _Name | None = None
+    query: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
     order_by: Annotated[tuple[_Name, ...], BeforeValidator(_as_list)] = ()
     separator: Annotated[str, Field(pattern="^[\t -~]$")] = ","
     decimal_comma: bool = False

@@ -8,16 +8,31 @@ from typing import Final
 from metarisk_common.errors import DataError
 
 _SUFFIXES: Final = (".csv", ".parquet")
+_ADDRESS: Final = re.compile(r"(^|/)[A-Za-z][A-Za-z0-9+.-]+:/")  # a path makes one slash of two
 _NO_VALUE: Final = "__HIVE_DEFAULT_PARTITION__"
+
+
+def is_address(path: Path | str) -> bool:
+    """Tell whether what was given for a path is a URL; one of a database holds a password, which no message may."""
+    return _ADDRESS.search(str(path)) is not None
+
+
+def _refuse_address(path: Path) -> None:
+    if is_address(path):
+        raise DataError(
+            "a URL was given where the path of a file belongs; of a database, name the variable or file that holds it: "
+            "--url-env or --url-file, or url_env or url_file in section table of institution.toml"
+        )
 
 
 def check_file(path: Path) -> None:
     """Raise where a path cannot be a table in one file. Whether its content is one is for a reader to say.
 
     Raises:
-        DataError: its suffix is another, there is no such file, or this user may not look.
+        DataError: it is a URL, its suffix is another, there is no such file, or this user may not look.
 
     """
+    _refuse_address(path)
     if path.suffix.lower() not in _SUFFIXES:
         raise DataError(f"{path}: only .csv and .parquet files are read; export the table as one of them")
     try:
@@ -32,9 +47,10 @@ def is_many(path: Path) -> bool:
     """Tell whether a path is a folder or a pattern, which only section `[table]` takes.
 
     Raises:
-        DataError: this user may not look.
+        DataError: it is a URL, or this user may not look.
 
     """
+    _refuse_address(path)
     try:
         return path.is_dir() or (any(sign in str(path) for sign in "*?[") and not path.exists())
     except OSError:

@@ -37,8 +37,8 @@ class Sample:
     cells: pl.DataFrame
 
 
-def database_sample(folder: Path, section: TableSection, rows: int = SAMPLE_ROWS) -> Sample:
-    """Read some rows of a database's table or query, in no order.
+def database_sample(folder: Path, section: TableSection, rows: int = SAMPLE_ROWS) -> pl.DataFrame:
+    """Read some rows of a database's table or query, in no order, with all columns that a section can name.
 
     Args:
         folder: the bank's, from which a relative `url_file`, and SQLite's file, are named; it need not be there yet.
@@ -50,7 +50,7 @@ def database_sample(folder: Path, section: TableSection, rows: int = SAMPLE_ROWS
         DataError: the database cannot be read, or the table has fewer than two columns or no rows.
 
     """
-    return Sample(section, _enough(sources.database_sample(folder, section, rows), section.title))
+    return _enough(sources.database_sample(folder, section, rows), section.title)
 
 
 def table_sample(path: Path, rows: int = SAMPLE_ROWS) -> Sample:

@@ -125,6 +125,23 @@ class Method(Protocol):
         """Learn from k labelled records; k = 0 comes as empty arrays. One that ignores them returns one same object."""
 
 
+@dataclass(frozen=True)
+class Wrapped:
+    """What a method around another has of it: the name, and whether it says nothing without labels."""
+
+    method: Method
+
+    @property
+    def name(self) -> str:
+        """Key of the method."""
+        return self.method.name
+
+    @property
+    def needs_support(self) -> bool:
+        """Whether the method says nothing without labels."""
+        return self.method.needs_support
+
+
 Summary = dict[str, Any]
 """One method after k labels, over institutions: an `Estimate` for each measure, `worst_decile` and `institutions`."""
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 
 from metarisk_common.adaptation import DEFAULT_TAU2
 from metarisk_common.adapters import predict
-from metarisk_common.evaluation import Method, Predictor
+from metarisk_common.evaluation import Predictor, Wrapped
 from metarisk_common.params import Params
 from metarisk_common.plan import ModelSpec
 from metarisk_common.prior_correction import adapt_selected, corrected, offset
@@ -188,21 +188,10 @@ class ModelInitialization:
 
 
 @dataclass(frozen=True)
-class Corrected:
+class Corrected(Wrapped):
     """A local method whose labels were selected: its probabilities are moved to the base rate, which ranks nothing."""
 
-    method: Method
     base_rate: float
-
-    @property
-    def name(self) -> str:
-        """The method's own."""
-        return self.method.name
-
-    @property
-    def needs_support(self) -> bool:
-        """As the method says."""
-        return self.method.needs_support
 
     def fit(self, x: Matrix, raw: Matrix, y: Matrix) -> Predictor:
         """Fit the method, and take out of its log odds what the selection has put there."""

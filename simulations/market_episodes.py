@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from metarisk_common.evaluation import EvaluationSet, Method, Predictor
+from metarisk_common.evaluation import EvaluationSet, Method, Predictor, Wrapped
 from metarisk_common.schema import NumericLabel
 from metarisk_common.volatility_metrics import half_variance
 
@@ -131,21 +131,10 @@ class Learned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Retransformed:
+class Retransformed(Wrapped):
     """A method whose forecasts say how far they lie below the logarithm of the variance; see the module."""
 
-    method: Method
     below: float
-
-    @property
-    def name(self) -> str:
-        """Key of the method."""
-        return self.method.name
-
-    @property
-    def needs_support(self) -> bool:
-        """Whether the method says nothing without labels."""
-        return self.method.needs_support
 
     def fit(self, x: Matrix, raw: Matrix, y: Matrix) -> Predictor:
         """Fit the method; the predictor gives (rows, 2): forecasts, and the one distance."""

@@ -111,6 +111,8 @@ def test_a_query_is_a_table_and_a_folder_that_is_there_learns_of_it(call: Call, 
         (("--url-env", "LOANS_URL", *TABLE, "--from", "plain.csv"), "leave one out"),
         (("--url-env", "LOANS_URL", *TABLE, "--data", "plain.csv"), "leave one out"),
         (("--url-env", "GONE_URL", *TABLE), "GONE_URL: set this variable"),
+        (("--url-env", "postgresql://u:s3cr3t@h/x", *TABLE), "key 'url_env'"),
+        (("--url-file", "postgresql://u:s3cr3t@h/x", *TABLE), "key 'url_file': names the file that holds"),
         (("--url-file", "gone.url", *TABLE), "gone.url: cannot be read"),
         (("--url-env", "LOANS_URL", "--table", "gone"), "database table 'gone': cannot be read"),
     ],
@@ -126,7 +128,7 @@ def test_what_cannot_be_meant_makes_nothing(call: Call, here: Path, arguments: t
 @pytest.mark.parametrize("here", ["postgresql"], indirect=True)
 def test_a_sample_is_of_so_many_rows_and_an_empty_table_is_told(here: Path) -> None:
     section = TableSection(url_env="LOANS_URL", query="SELECT *, 1 AS twice, 2 AS twice FROM loans")
-    cells = database_sample(here, section, rows=7).cells
+    cells = database_sample(here, section, rows=7)
     assert (cells.height, "SCAN" in cells.columns, "twice" in cells.columns) == (7, False, False)
     empty = TableSection(url_env="LOANS_URL", query="SELECT * FROM loans WHERE 1 = 0")
     with pytest.raises(DataError, match="the database's query: has fewer than two columns, or no rows"):
